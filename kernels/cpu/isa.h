@@ -1,0 +1,17 @@
+// Run-time choice of the instruction set. Each op compiles its loops once per ISA and looks the function up here.
+#pragma once
+#include <string>
+
+namespace llmopt {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// Best ISA this processor and operating system support.
+Isa detect_isa();
+// ISA in force: the detected one unless force_isa() chose a lower one.
+Isa active_isa();
+// Forces an ISA ("portable", "avx2", "avx512") or, with "auto", returns to the detected one. Throws if unsupported.
+void force_isa(const std::string& name);
+const char* isa_name(Isa isa);
+
+}  // namespace llmopt

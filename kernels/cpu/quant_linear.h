@@ -1,0 +1,79 @@
+// The int4 and int8 weight formats and the functions every ISA provides for them.
+//
+// Weights: tiles of 16 output rows, one contiguous block of bytes a tile, read front to back:
+//   [num_groups][16] float16 scales | [num_groups][16] uint8 zeros (asymmetric only) | padding to 64 | vectors of 64 bytes
+// A vector's lane r (4 bytes) belongs to row r. int4: low nibbles are k = 8j..8j+3, high nibbles k = 8j+4..8j+7.
+// int8: bytes are k = 4j..4j+3, stored plus 128. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when
+// symmetric. in_features is padded to whole groups with q = zero, so that padding adds nothing.
+//
+// Activations: int8, symmetric, one scale per token and group. The zero point goes into the accumulator's start value.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+
+namespace llmopt {
+
+struct QuantWeight {
+  const uint8_t* data;  // first tile
+  int64_t rows;         // out_features
+  int64_t cols;         // in_features as the caller sees them
+  int group;            // 32, 64 or 128
+  int bits;             // 4 or 8
+  bool asymmetric;
+
+  int64_t num_tiles() const { return (rows + 15) / 16; }
+  int64_t num_groups() const { return (cols + group - 1) / group; }
+  int64_t padded_cols() const { return num_groups() * group; }
+  int64_t header_bytes() const { return (num_groups() * 16 * (asymmetric ? 3 : 2) + 63) / 64 * 64; }
+  int64_t tile_bytes() const { return header_bytes() + padded_cols() * 2 * bits; }
+};
+
+// Quantized activations of `tokens` tokens, in caller-owned memory.
+struct QuantTokens {
+  int8_t* q;       // [tokens, padded_cols]
+  float* scales;   // [tokens, num_groups]
+  int32_t* sums;   // [tokens, num_groups]
+  int64_t padded_cols, num_groups;
+};
+
+struct Output {
+  void* data;          // element [token 0, row 0]
+  int64_t stride;      // elements between tokens
+  int dtype;           // DType
+  const void* bias;    // [rows] of the same dtype, or null
+};
+
+struct LinearKernels {
+  // quantizes tokens [begin, end) of x (dtype, `stride` elements between tokens, `cols` real columns)
+  void (*quantize)(const void* x, int dtype, int64_t stride, int64_t cols, int group, int64_t begin, int64_t end,
+                   const QuantTokens& out);
+  // y[token, row] for tokens [0, tokens) and tiles [tile_begin, tile_end); panel: scratch of panel_bytes()
+  void (*product)(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t tile_begin, int64_t tile_end,
+                  const Output& y, uint8_t* panel);
+  // writes row `row` of the weight, dequantized, to float32 out[cols]
+  void (*dequantize_row)(const QuantWeight& w, int64_t row, float* out);
+  // out[i] = silu(gate[i]) * up[i]
+  void (*gated)(const float* gate, const float* up, float* out, int64_t n);
+  // out[i] = sum over j of weights[j] * rows[j][i], stored as dtype
+  void (*weighted_sum)(const float* const* rows, const float* weights, int count, int64_t n, void* out, int dtype);
+  // scratch bytes product() needs for one thread
+  int64_t (*panel_bytes)(const QuantWeight& w);
+};
+
+const LinearKernels& linear_kernels_portable();
+const LinearKernels& linear_kernels_avx2();
+const LinearKernels& linear_kernels_avx512();
+
+inline const LinearKernels& linear_kernels(Isa isa) {
+#ifdef LLMOPT_X86
+  if (isa == Isa::kAvx512) return linear_kernels_avx512();
+  if (isa == Isa::kAvx2) return linear_kernels_avx2();
+#else
+  (void)isa;
+#endif
+  return linear_kernels_portable();
+}
+
+}  // namespace llmopt

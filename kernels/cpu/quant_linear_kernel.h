@@ -1,0 +1,276 @@
+// Loops of the int4 / int8 linear, written once against the lanes of simd_*.h and compiled once per ISA.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "quant_linear.h"
+#include "simd_math.h"
+
+namespace llmopt::LLMOPT_ISA {
+
+// bytes ahead of the stream to ask for; a few hundred nanoseconds of reading at one core's bandwidth
+constexpr int kPrefetch = 2048;
+// tokens from which unpacking a tile once costs less than unpacking it for every block of tokens
+constexpr int64_t kPanelTokens = 2 * kTokens;
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+template <int kDType>
+void quantize_tokens(const void* x, int64_t stride, int64_t cols, int group, int64_t begin, int64_t end,
+                     const QuantTokens& out) {
+  for (int64_t t = begin; t < end; ++t) {
+    int8_t* q = out.q + t * out.padded_cols;
+    for (int64_t g = 0; g < out.num_groups; ++g) {
+      const int64_t k0 = g * group, real = cols - k0 < group ? cols - k0 : group;
+      F32x16 values[8];
+      I32x16 biggest = zero_i32();
+      for (int i = 0; i < group / 16; ++i) {
+        const int64_t left = real - 16 * i;
+        values[i] = left >= 16 ? load_as<kDType>(x, t * stride + k0 + 16 * i)
+                               : load_as_n<kDType>(x, t * stride + k0 + 16 * i, left > 0 ? static_cast<int>(left) : 0);
+        biggest = max(biggest, abs_bits(values[i]));
+      }
+      const int32_t bits = reduce_max(biggest);
+      float amax;
+      __builtin_memcpy(&amax, &bits, 4);
+      // below this 127 / amax overflows; such a group is zero for every purpose
+      const bool zero = amax < 1e-36f;
+      const F32x16 inverse = set1(zero ? 0.0f : 127.0f / amax);
+      I32x16 sum = zero_i32();
+      for (int i = 0; i < group / 16; ++i) sum = add(sum, store_s8(q + k0 + 16 * i, mul(values[i], inverse)));
+      // a NaN or Inf among the inputs must reach the output, and integers cannot carry it
+      const bool finite = bits < 0x7f800000;
+      out.scales[t * out.num_groups + g] = zero ? 0.0f : finite ? amax / 127.0f : std::numeric_limits<float>::quiet_NaN();
+      out.sums[t * out.num_groups + g] = reduce_add(sum);
+    }
+  }
+}
+
+inline void quantize(const void* x, int dtype, int64_t stride, int64_t cols, int group, int64_t begin, int64_t end,
+                     const QuantTokens& out) {
+  if (dtype == 0) quantize_tokens<0>(x, stride, cols, group, begin, end, out);
+  if (dtype == 1) quantize_tokens<1>(x, stride, cols, group, begin, end, out);
+  if (dtype == 2) quantize_tokens<2>(x, stride, cols, group, begin, end, out);
+}
+
+// where one tile's parts begin
+struct Tile {
+  const uint16_t* scales;
+  const uint8_t* zeros;
+  const uint8_t* vectors;
+};
+inline Tile tile_at(const QuantWeight& w, int64_t t) {
+  const uint8_t* base = w.data + t * w.tile_bytes();
+  return {reinterpret_cast<const uint16_t*>(base), base + w.num_groups() * 32, base + w.header_bytes()};
+}
+
+// accumulator's start: minus zero * sum of the group's activations
+inline I32x16 start_value(const QuantWeight& w, const Tile& tile, int64_t g, int32_t sum) {
+  if (w.asymmetric) return mul(load_u8(tile.zeros + 16 * g), set1(-sum));
+  return set1(-(w.bits == 4 ? 8 : 128) * sum);
+}
+
+inline void store_rows(const Output& y, int64_t token, int64_t row, int64_t rows, F32x16 v) {
+  const int n = rows - row < 16 ? static_cast<int>(rows - row) : 16;
+  const int64_t at = token * y.stride + row;
+  if (y.dtype == 0) {
+    if (y.bias) v = add(v, load_as_n<0>(y.bias, row, n));
+    store_as_n<0>(y.data, at, v, n);
+  } else if (y.dtype == 1) {
+    if (y.bias) v = add(v, load_as_n<1>(y.bias, row, n));
+    store_as_n<1>(y.data, at, v, n);
+  } else {
+    if (y.bias) v = add(v, load_as_n<2>(y.bias, row, n));
+    store_as_n<2>(y.data, at, v, n);
+  }
+}
+
+// One tile, kM tokens (1 or 2), straight from the stream: the decode path. Four independent sums hide the latency of
+// the dot product.
+template <int kBits, int kM>
+void stream_tile(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t, const Output& y) {
+  const Tile tile = tile_at(w, t);
+  const int vectors = w.group * kBits / 32;
+  const uint8_t* v = tile.vectors;
+  F32x16 total[kM];
+  for (int m = 0; m < kM; ++m) total[m] = zero_f32();
+  for (int64_t g = 0; g < x.num_groups; ++g) {
+    I32x16 acc[kM][4];
+    const int8_t* q[kM];
+    for (int m = 0; m < kM; ++m) {
+      acc[m][0] = start_value(w, tile, g, x.sums[(token + m) * x.num_groups + g]);
+      acc[m][1] = acc[m][2] = acc[m][3] = zero_i32();
+      q[m] = x.q + (token + m) * x.padded_cols + g * w.group;
+    }
+    for (int j = 0; j < vectors; j += 2, v += 128) {
+      const U8x64 a = load_u8x64(v), b = load_u8x64(v + 64);
+      prefetch(v + kPrefetch);
+      prefetch(v + kPrefetch + 64);
+      for (int m = 0; m < kM; ++m) {
+        if constexpr (kBits == 4) {
+          acc[m][0] = dot_u4(acc[m][0], low_nibbles(a), load_quad(q[m] + 8 * j));
+          acc[m][1] = dot_u4(acc[m][1], high_nibbles(a), load_quad(q[m] + 8 * j + 4));
+          acc[m][2] = dot_u4(acc[m][2], low_nibbles(b), load_quad(q[m] + 8 * j + 8));
+          acc[m][3] = dot_u4(acc[m][3], high_nibbles(b), load_quad(q[m] + 8 * j + 12));
+        } else {
+          acc[m][0] = dot_u8(acc[m][0], a, load_quad(q[m] + 4 * j));
+          acc[m][1] = dot_u8(acc[m][1], b, load_quad(q[m] + 4 * j + 4));
+        }
+      }
+    }
+    const F32x16 scale = load_f16(tile.scales + 16 * g);
+    for (int m = 0; m < kM; ++m) {
+      const I32x16 sum = add(add(acc[m][0], acc[m][1]), add(acc[m][2], acc[m][3]));
+      total[m] = fmadd(to_f32(sum), mul(scale, set1(x.scales[(token + m) * x.num_groups + g])), total[m]);
+    }
+  }
+  for (int m = 0; m < kM; ++m) store_rows(y, token + m, 16 * t, w.rows, total[m]);
+}
+
+// kT tiles times kM tokens held in registers. kPanel: the tiles' quads lie unpacked in `panel` (one after the other,
+// `padded_cols * 16` bytes each); otherwise they are unpacked on the way.
+template <int kBits, bool kPanel, int kT, int kM>
+void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t, const Output& y,
+           const uint8_t* panel) {
+  Tile tile[kT];
+  const uint8_t* v[kT];
+  for (int i = 0; i < kT; ++i) {
+    tile[i] = tile_at(w, t + i);
+    v[i] = kPanel ? panel + i * w.padded_cols() * 16 : tile[i].vectors;
+  }
+  alignas(64) float total[kT][kM][16] = {};
+  for (int64_t g = 0; g < x.num_groups; ++g) {
+    I32x16 acc[kT][kM];
+    for (int i = 0; i < kT; ++i)
+      for (int m = 0; m < kM; ++m) acc[i][m] = start_value(w, tile[i], g, x.sums[(token + m) * x.num_groups + g]);
+    const int8_t* q = x.q + token * x.padded_cols + g * w.group;
+    for (int k = 0; k < w.group; k += kBits == 4 && !kPanel ? 8 : 4) {
+      U8x64 low[kT], high[kT];
+      for (int i = 0; i < kT; ++i) {
+        const U8x64 raw = load_u8x64(v[i]);
+        v[i] += 64;
+        low[i] = kBits == 4 && !kPanel ? low_nibbles(raw) : raw;
+        if constexpr (kBits == 4 && !kPanel) high[i] = high_nibbles(raw);
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < kM; ++m) {
+        const Quad a = load_quad(q + m * x.padded_cols + k);
+        for (int i = 0; i < kT; ++i)
+          acc[i][m] = kBits == 4 ? dot_u4(acc[i][m], low[i], a) : dot_u8(acc[i][m], low[i], a);
+      }
+      if constexpr (kBits == 4 && !kPanel) {
+#pragma GCC unroll 16
+        for (int m = 0; m < kM; ++m) {
+          const Quad a = load_quad(q + m * x.padded_cols + k + 4);
+          for (int i = 0; i < kT; ++i) acc[i][m] = dot_u4(acc[i][m], high[i], a);
+        }
+      }
+    }
+    for (int i = 0; i < kT; ++i) {
+      const F32x16 scale = load_f16(tile[i].scales + 16 * g);
+      for (int m = 0; m < kM; ++m) {
+        const F32x16 s = mul(scale, set1(x.scales[(token + m) * x.num_groups + g]));
+        store(total[i][m], fmadd(to_f32(acc[i][m]), s, load(total[i][m])));
+      }
+    }
+  }
+  for (int i = 0; i < kT; ++i)
+    for (int m = 0; m < kM; ++m) store_rows(y, token + m, 16 * (t + i), w.rows, load(total[i][m]));
+}
+
+template <int kBits, bool kPanel, int kT, int kM>
+void blocks(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t tokens, int64_t t, const Output& y,
+            const uint8_t* panel) {
+  for (; token + kM <= tokens; token += kM) block<kBits, kPanel, kT, kM>(w, x, token, t, y, panel);
+  if constexpr (kM > 1) {
+    // the tail halves the block instead of crawling token by token
+    if (token < tokens) blocks<kBits, kPanel, kT, kM / 2>(w, x, token, tokens, t, y, panel);
+  }
+}
+
+inline void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
+  const uint8_t* v = tile_at(w, t).vectors;
+  for (int64_t k = 0; k < w.padded_cols(); k += 8, v += 64, panel += 128) {
+    const U8x64 raw = load_u8x64(v);
+    prefetch(v + kPrefetch);
+    store_u8x64(panel, low_nibbles(raw));
+    store_u8x64(panel + 64, high_nibbles(raw));
+  }
+}
+
+template <int kT>
+void tiles_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t t, const Output& y,
+                   uint8_t* panel) {
+  if (w.bits == 8) {
+    blocks<8, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
+  } else if (tokens >= kPanelTokens) {
+    for (int i = 0; i < kT; ++i) unpack_tile(w, t + i, panel + i * w.padded_cols() * 16);
+    blocks<4, true, kT, kTokens>(w, x, 0, tokens, t, y, panel);
+  } else {
+    blocks<4, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
+  }
+}
+
+inline void product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t tile_begin, int64_t tile_end,
+                    const Output& y, uint8_t* panel) {
+  int64_t t = tile_begin;
+  if (tokens <= 2) {
+    for (; t < tile_end; ++t) {
+      if (w.bits == 4) {
+        tokens == 1 ? stream_tile<4, 1>(w, x, 0, t, y) : stream_tile<4, 2>(w, x, 0, t, y);
+      } else {
+        tokens == 1 ? stream_tile<8, 1>(w, x, 0, t, y) : stream_tile<8, 2>(w, x, 0, t, y);
+      }
+    }
+    return;
+  }
+  for (; t + kTiles <= tile_end; t += kTiles) tiles_product<kTiles>(w, x, tokens, t, y, panel);
+  for (; t < tile_end; ++t) tiles_product<1>(w, x, tokens, t, y, panel);
+}
+
+inline int64_t panel_bytes(const QuantWeight& w) { return w.bits == 4 ? kTiles * w.padded_cols() * 16 : 0; }
+
+inline void dequantize_row(const QuantWeight& w, int64_t row, float* out) {
+  const Tile tile = tile_at(w, row / 16);
+  const int64_t lane = row % 16;
+  for (int64_t g = 0; g < w.num_groups(); ++g) {
+    alignas(64) float scales[16];
+    store(scales, load_f16(tile.scales + 16 * g));
+    const int zero = w.asymmetric ? tile.zeros[16 * g + lane] : (w.bits == 4 ? 8 : 128);
+    const int64_t end = w.cols < (g + 1) * w.group ? w.cols : (g + 1) * w.group;
+    for (int64_t k = g * w.group; k < end; ++k) {
+      int value;
+      if (w.bits == 4) {
+        const uint8_t byte = tile.vectors[k / 8 * 64 + lane * 4 + k % 4];
+        value = k % 8 < 4 ? byte & 15 : byte >> 4;
+      } else {
+        value = tile.vectors[k / 4 * 64 + lane * 4 + k % 4];
+      }
+      out[k] = scales[lane] * static_cast<float>(value - zero);
+    }
+  }
+}
+
+inline void gated(const float* gate, const float* up, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const int left = n - i < 16 ? static_cast<int>(n - i) : 16;
+    store_n(out + i, mul(silu(load_n(gate + i, left)), load_n(up + i, left)), left);
+  }
+}
+
+inline void weighted_sum(const float* const* rows, const float* weights, int count, int64_t n, void* out, int dtype) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const int left = n - i < 16 ? static_cast<int>(n - i) : 16;
+    F32x16 sum = zero_f32();
+    for (int j = 0; j < count; ++j) sum = fmadd(set1(weights[j]), load_n(rows[j] + i, left), sum);
+    if (dtype == 0) store_as_n<0>(out, i, sum, left);
+    if (dtype == 1) store_as_n<1>(out, i, sum, left);
+    if (dtype == 2) store_as_n<2>(out, i, sum, left);
+  }
+}
+
+inline LinearKernels make_linear_kernels() {
+  return {quantize, product, dequantize_row, gated, weighted_sum, panel_bytes};
+}
+
+}  // namespace llmopt::LLMOPT_ISA

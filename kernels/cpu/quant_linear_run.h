@@ -1,0 +1,78 @@
+// Checks and threads of the quantized linear, shared by the ops that use it.
+#pragma once
+
+#include "quant_linear.h"
+#include "scratch.h"
+#include "tensor_check.h"
+#include "threads.h"
+
+namespace llmopt {
+
+// Tokens up to which one thread quantizes the activations before the others are woken: it costs less than a barrier.
+constexpr int64_t kSerialQuantize = 8;
+// Bytes of weights below which a second thread is not worth waking.
+constexpr int64_t kBytesPerThread = 16 * 1024;
+
+inline QuantWeight quant_weight(const char* name, const TensorView& packed, int64_t rows, int64_t cols, int64_t group,
+                                int bits, bool asymmetric) {
+  if (group != 32 && group != 64 && group != 128)
+    TVM_FFI_THROW(ValueError) << "group_size: expected 32, 64 or 128, got " << group;
+  if (rows <= 0 || cols <= 0)
+    TVM_FFI_THROW(ValueError) << name << ": expected positive sizes, got " << rows << " x " << cols;
+  check_cpu(name, packed);
+  check_bytes(name, packed);
+  check_contiguous(name, packed);
+  return {static_cast<const uint8_t*>(packed.data_ptr()), rows, cols, static_cast<int>(group), bits, asymmetric};
+}
+
+inline QuantTokens token_buffers(Scratch& scratch, const QuantWeight& w, int64_t tokens) {
+  const size_t q_bytes = (static_cast<size_t>(tokens * w.padded_cols()) + 63) / 64 * 64;
+  const size_t count = static_cast<size_t>(tokens * w.num_groups());
+  unsigned char* base = scratch.get(q_bytes + count * 8);
+  auto* scales = reinterpret_cast<float*>(base + q_bytes);
+  return {reinterpret_cast<int8_t*>(base), scales, reinterpret_cast<int32_t*>(scales + count), w.padded_cols(),
+          w.num_groups()};
+}
+
+inline void run_linear(const QuantWeight& w, const void* x, int dtype, int64_t stride, int64_t tokens,
+                       const Output& y) {
+  static thread_local Scratch token_scratch;
+  static thread_local Scratch panel_scratch;
+  if (tokens == 0) return;
+  const LinearKernels& kernels = linear_kernels(active_isa());
+  const QuantTokens q = token_buffers(token_scratch, w, tokens);
+  const int threads = threads_for(w.num_tiles() * w.tile_bytes() * ((tokens + 3) / 4), kBytesPerThread);
+  if (tokens <= kSerialQuantize || threads == 1) kernels.quantize(x, dtype, stride, w.cols, w.group, 0, tokens, q);
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = omp_get_thread_num(), total = omp_get_num_threads();
+    if (tokens > kSerialQuantize && threads > 1) {
+      const Share mine = share_of(tokens, t, total);
+      kernels.quantize(x, dtype, stride, w.cols, w.group, mine.begin, mine.end, q);
+#pragma omp barrier
+    }
+    const Share mine = share_of(w.num_tiles(), t, total);
+    kernels.product(w, q, tokens, mine.begin, mine.end, y, panel_scratch.get(kernels.panel_bytes(w)));
+  }
+}
+
+// y[T, rows] = x[T, cols] @ weight.T + bias
+inline void linear_op(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias, TensorView y, int64_t group,
+                      int bits, bool asymmetric) {
+  const int64_t rows = y.size(y.ndim() - 1), cols = x.size(x.ndim() - 1);
+  const QuantWeight w = quant_weight("packed", packed, rows, cols, group, bits, asymmetric);
+  check_cpu("x", x);
+  check_shape("x", x, {-1, cols});
+  check_shape("packed", packed, {w.num_tiles(), w.tile_bytes()});
+  check_shape("y", y, {x.size(0), rows});
+  const DType dtype = float_dtype("x", x);
+  check_same_dtype("y", y, "x", dtype);
+  if (bias.has_value()) {
+    check_shape("bias", *bias, {rows});
+    check_same_dtype("bias", *bias, "x", dtype);
+  }
+  const Output out{y.data_ptr(), y.stride(0), static_cast<int>(dtype), bias.has_value() ? (*bias).data_ptr() : nullptr};
+  run_linear(w, x.data_ptr(), static_cast<int>(dtype), x.stride(0), x.size(0), out);
+}
+
+}  // namespace llmopt

@@ -1,0 +1,139 @@
+"""The packed layout of quantized weights (int4 and int8), in plain torch: what the C++ kernels read.
+
+Tiles of 16 output rows, each one contiguous block of bytes (kernels/cpu/quant_linear.h has the picture):
+float16 scales ``[num_groups, 16]``, then uint8 zeros ``[num_groups, 16]`` when asymmetric, padding to 64 bytes, then
+vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k. int4 vectors carry two such quads, in the low and the
+high nibbles; int8 stores q + 128. ``in_features`` is padded to whole groups with the zero point, rows to whole tiles.
+
+Letters: N out_features, K in_features, G groups, T tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmopt.errors import InputError
+
+TILE_ROWS = 16
+KERNEL_GROUPS = (32, 64, 128)
+
+
+def _round_up(x: int, to: int) -> int:
+    return (x + to - 1) // to * to
+
+
+def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool) -> int:
+    """Bytes of one tile of 16 rows."""
+    groups = -(-in_features // group_size)
+    header = _round_up(groups * TILE_ROWS * (3 if asymmetric else 2), 64)
+    return header + groups * group_size * 2 * bits
+
+
+def packed_shape(out_features: int, in_features: int, group_size: int, *, bits: int, asymmetric: bool) -> tuple[int, int]:
+    """Shape of the uint8 tensor that holds a weight ``[out_features, in_features]``."""
+    tiles = -(-out_features // TILE_ROWS)
+    return tiles, tile_bytes(in_features, group_size, bits=bits, asymmetric=asymmetric)
+
+
+def pack(
+    q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *, group_size: int, bits: int
+) -> torch.Tensor:
+    """Packs integer weights for the kernels.
+
+    Args:
+        q: ``[..., N, K]`` uint8, values 0..15 (int4) or 0..255 (int8, zero at 128).
+        scales: ``[..., N, G]``, taken to float16.
+        zeros: ``[..., N, G]`` uint8, or None when symmetric (8, or 128 for int8).
+        group_size: 32, 64 or 128; the last group may be short.
+        bits: 4 or 8.
+
+    Returns:
+        ``[..., T, tile_bytes]`` uint8.
+
+    Raises:
+        InputError: a shape or the group size does not fit.
+    """
+    if group_size not in KERNEL_GROUPS:
+        raise InputError.argument("group_size", expected="32, 64 or 128", got=group_size)
+    *lead, n, k = q.shape
+    groups = -(-k // group_size)
+    if tuple(scales.shape) != (*lead, n, groups):
+        raise InputError.argument("scales", expected=f"shape {(*lead, n, groups)}", got=tuple(scales.shape))
+    pad_n, pad_k = -n % TILE_ROWS, groups * group_size - k
+    zero_point = 8 if bits == 4 else 128
+    if zeros is None:
+        q = torch.nn.functional.pad(q, (0, pad_k, 0, pad_n), value=zero_point)
+    else:
+        if zeros.shape != scales.shape:
+            raise InputError.argument("zeros", expected=f"shape {tuple(scales.shape)}", got=tuple(zeros.shape))
+        last = zeros[..., -1:].expand(*lead, n, pad_k) if pad_k else q[..., :0]
+        q = torch.nn.functional.pad(torch.cat([q, last.to(torch.uint8)], -1), (0, 0, 0, pad_n))
+    tiles = (n + pad_n) // TILE_ROWS
+    header = _header(scales, zeros, pad_n, tiles)
+    return torch.cat([header, _vectors(q, tiles, bits)], -1).contiguous()
+
+
+def _header(scales: torch.Tensor, zeros: torch.Tensor | None, pad_n: int, tiles: int) -> torch.Tensor:
+    *lead, _, groups = scales.shape
+
+    def by_tile(x: torch.Tensor) -> torch.Tensor:  # [..., N, G] -> [..., T, G * 16] bytes
+        x = torch.nn.functional.pad(x, (0, 0, 0, pad_n)).reshape(*lead, tiles, TILE_ROWS, groups).transpose(-1, -2)
+        return x.contiguous().view(torch.uint8).flatten(-2)
+
+    parts = [by_tile(scales.to(torch.float16))]
+    if zeros is not None:
+        parts.append(by_tile(zeros.to(torch.uint8)))
+    size = sum(p.shape[-1] for p in parts)
+    parts.append(torch.zeros(*lead, tiles, -size % 64, dtype=torch.uint8, device=scales.device))
+    return torch.cat(parts, -1)
+
+
+def _vectors(q: torch.Tensor, tiles: int, bits: int) -> torch.Tensor:
+    *lead, _, k = q.shape
+    # [..., T, row, k/4, 4] -> [..., T, k/4, row, 4]
+    quads = q.reshape(*lead, tiles, TILE_ROWS, k // 4, 4).transpose(-2, -3)
+    if bits == 4:
+        pairs = quads.reshape(*lead, tiles, k // 8, 2, TILE_ROWS, 4)
+        quads = pairs[..., 0, :, :] | (pairs[..., 1, :, :] << 4)
+    return quads.reshape(*lead, tiles, k * 2 * bits)
+
+
+def unpack(
+    packed: torch.Tensor, *, out_features: int, in_features: int, group_size: int, bits: int, asymmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Inverse of :func:`pack`: ``(q [..., N, K] uint8, scales [..., N, G] float16, zeros [..., N, G] uint8 or None)``."""
+    *lead, tiles, _ = packed.shape
+    groups = -(-in_features // group_size)
+    k = groups * group_size
+
+    def rows(x: torch.Tensor) -> torch.Tensor:  # [..., T, G, 16] -> [..., N, G]
+        return x.transpose(-1, -2).reshape(*lead, tiles * TILE_ROWS, groups)[..., :out_features, :].contiguous()
+
+    scale_bytes = groups * TILE_ROWS * 2
+    scales = packed[..., :scale_bytes].contiguous().view(torch.float16).reshape(*lead, tiles, groups, TILE_ROWS)
+    zeros = None
+    if asymmetric:
+        zeros = rows(packed[..., scale_bytes : scale_bytes * 3 // 2].reshape(*lead, tiles, groups, TILE_ROWS))
+    body = packed[..., -k * 2 * bits :]
+    if bits == 4:
+        body = body.reshape(*lead, tiles, k // 8, 1, TILE_ROWS, 4)
+        body = torch.cat([body & 15, body >> 4], -3)
+    quads = body.reshape(*lead, tiles, k // 4, TILE_ROWS, 4).transpose(-2, -3)
+    q = quads.reshape(*lead, tiles * TILE_ROWS, k)[..., :out_features, :in_features].contiguous()
+    return q, rows(scales), zeros
+
+
+def dequantize(
+    packed: torch.Tensor, *, out_features: int, in_features: int, group_size: int, bits: int, asymmetric: bool
+) -> torch.Tensor:
+    """The weight the kernels stand for: ``[..., N, K]`` float32, ``scale * (q - zero)``."""
+    q, scales, zeros = unpack(
+        packed, out_features=out_features, in_features=in_features, group_size=group_size, bits=bits,
+        asymmetric=asymmetric,
+    )  # fmt: skip
+    zero = zeros.float() if zeros is not None else torch.full_like(scales, 8.0 if bits == 4 else 128.0).float()
+
+    def columns(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(group_size, -1)[..., :in_features]
+
+    return (q.float() - columns(zero)) * columns(scales.float())

@@ -1,0 +1,90 @@
+"""int8_linear and quant_rows: the output head and the embedding at 8 bits, on one copy of the bytes.
+
+The layout is that of int4_linear (:mod:`llmopt.ops.int4_linear.layout`) with ``bits=8``: symmetric, stored plus 128.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmopt import native
+from llmopt.errors import InputError
+from llmopt.ops.int4_linear.layout import packed_shape
+
+__all__ = ["int8_linear", "quant_rows"]
+
+_LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
+_LIBRARY.define("int8_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int group_size) -> Tensor")
+
+
+def int8_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None, *, out_features: int, group_size: int
+) -> torch.Tensor:
+    """``x [..., K] @ dequantize(packed).T + bias``, 8-bit weights, activations int8 per token and group.
+
+    Args:
+        x: ``[..., K]`` float32, bfloat16 or float16.
+        packed: ``[T, tile_bytes]`` uint8 from :func:`layout.pack` with ``bits=8``.
+        bias: ``[out_features]`` of x's dtype, or None.
+        out_features: rows of the weight.
+        group_size: 32, 64 or 128.
+
+    Returns:
+        ``[..., out_features]`` of x's dtype.
+
+    Raises:
+        InputError: shapes or dtypes do not fit together.
+        NativeLibraryError: the compiled kernels are not installed.
+    """
+    if torch.compiler.is_compiling():
+        y: torch.Tensor = torch.ops.llmopt.int8_linear(x, packed, bias, out_features, group_size)
+        return y
+    return _cpu(x, packed, bias, out_features, group_size)
+
+
+def _cpu(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int
+) -> torch.Tensor:
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    y = torch.empty(flat.shape[0], out_features, dtype=x.dtype)
+    try:
+        native.library().int8_linear(flat, packed, bias, y, group_size)
+    except ValueError as error:
+        raise InputError(f"int8_linear: {error}") from None
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+def _fake(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int
+) -> torch.Tensor:
+    want = packed_shape(out_features, x.shape[-1], group_size, bits=8, asymmetric=False)
+    torch._check(tuple(packed.shape) == want, lambda: f"packed: expected shape {want}, got {tuple(packed.shape)}")
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_LIBRARY.impl("int8_linear", _cpu, "CPU")
+torch.library.register_fake("llmopt::int8_linear", _fake, lib=_LIBRARY)
+
+
+def quant_rows(
+    ids: torch.Tensor, packed: torch.Tensor, *, out_features: int, in_features: int, group_size: int, bits: int,
+    asymmetric: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Rows of a packed weight, dequantized: the embedding lookup.
+
+    Args:
+        ids: ``[...]`` int64 in ``[0, out_features)``.
+        packed: ``[T, tile_bytes]`` uint8.
+
+    Returns:
+        ``[..., in_features]`` float32.
+
+    Raises:
+        IndexError: an id is out of range.
+    """
+    y = torch.empty(ids.numel(), in_features, dtype=torch.float32)
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    native.library().quant_rows(flat, packed, y, out_features, group_size, bits, asymmetric)
+    return y.view(*ids.shape, in_features)

@@ -1,0 +1,30 @@
+"""The only place that reads environment variables.
+
+LLMOPT_ISA       portable | avx2 | avx512     force the CPU kernels to one instruction set (default: the best found)
+LLMOPT_LIBRARY   path                         load this kernel library instead of the installed one
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmopt.errors import InputError
+
+ISA_NAMES = ("portable", "avx2", "avx512")
+
+
+def forced_isa() -> str | None:
+    """Instruction set asked for by LLMOPT_ISA, or None."""
+    value = os.environ.get("LLMOPT_ISA")
+    if not value:
+        return None
+    if value not in ISA_NAMES:
+        raise InputError.argument("LLMOPT_ISA", expected=" | ".join(ISA_NAMES), got=value)
+    return value
+
+
+def library_override() -> Path | None:
+    """Kernel library path asked for by LLMOPT_LIBRARY, or None."""
+    value = os.environ.get("LLMOPT_LIBRARY")
+    return Path(value) if value else None

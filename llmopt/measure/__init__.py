@@ -1,0 +1,1 @@
+"""Timing, memory, quality, machine ceilings, and the receipt they end in. Import the submodule you need."""

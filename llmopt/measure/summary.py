@@ -1,0 +1,343 @@
+"""What a receipt says, as formatted cells and lines. The terminal, the Markdown and the comparison lay these out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmopt.measure import format as fmt
+from llmopt.measure.report import Gain, Interval, Memory, PassRow, Quality, Report, Timing
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRow:
+    """One stage's times; gains are empty for the baselines."""
+
+    name: str
+    verdict: str
+    ttft: str
+    tpot: str
+    tok_per_s: str
+    bandwidth: str = fmt.NONE
+    ttft_before: str = fmt.NONE
+    tpot_before: str = fmt.NONE
+    ttft_eager: str = fmt.NONE
+    tpot_eager: str = fmt.NONE
+    ttft_left_out: str = fmt.NONE
+    tpot_left_out: str = fmt.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """One stage's memory, quality and price."""
+
+    name: str
+    verdict: str
+    weights: str
+    peak_rss: str
+    mean_kl: str
+    top1: str
+    perplexity: str
+    apply_s: str = fmt.NONE
+    repaid: str = fmt.NONE
+
+
+def title(report: Report) -> str:
+    """``Qwen3-0.6B · qwen3 · 596 M parameters · bfloat16 · 1.19 GB``"""
+    model = report.model
+    parts = [str(model.get("name") or model.get("model_type") or "model")]
+    if model.get("model_type") and model["model_type"] != parts[0]:
+        parts.append(str(model["model_type"]))
+    if model.get("parameters"):
+        parts.append(f"{fmt.parameters(model['parameters'])} parameters")
+    if model.get("dtype"):
+        parts.append(str(model["dtype"]).removeprefix("torch."))
+    if model.get("weight_bytes"):
+        parts.append(fmt.size(model["weight_bytes"]))
+    return " · ".join(parts)
+
+
+def machine(report: Report) -> str:
+    """``Intel Xeon Processor · 2 of 8 threads · avx512 · 25.3 GB``: the machine in one line."""
+    env = report.environment
+    cpu: dict[str, Any] = env.get("cpu") or {}
+    name = str(cpu.get("model") or cpu.get("arch") or "unknown processor")
+    for noise in ("(R)", "(TM)", " CPU"):
+        name = name.replace(noise, "")
+    parts = [" ".join(name.split("@")[0].split())]
+    threads, cores = env.get("threads"), cpu.get("cores")
+    if threads:
+        parts.append(f"{threads} threads" if threads == cores or not cores else f"{threads} threads on {cores} cores")
+    kernels: dict[str, Any] = env.get("kernels") or {}
+    parts.append(str(kernels["isa"]) if kernels.get("isa") else "no compiled kernels")
+    if (env.get("memory") or {}).get("total"):
+        parts.append(fmt.size(env["memory"]["total"]))
+    if env.get("gpu"):
+        parts.append(", ".join(str(gpu) for gpu in env["gpu"]["names"]))
+    return " · ".join(parts)
+
+
+def software(report: Report) -> str:
+    """``torch 2.13.0 · transformers 5.23.0 · llmopt 0.1.0 (1a2b3c4, modified) · 2026-01-31``"""
+    versions: dict[str, Any] = report.environment.get("versions") or {}
+    parts = [f"{name} {versions[name]}" for name in ("torch", "transformers", "llmopt") if versions.get(name)]
+    git = report.environment.get("git")
+    if git and parts:
+        parts[-1] += f" ({git['commit'][:7]}{', modified' if git.get('dirty') else ''})"
+    if report.environment.get("date"):
+        parts.append(str(report.environment["date"])[:10])
+    return " · ".join(parts)
+
+
+def final_row(report: Report) -> PassRow | None:
+    """The last pass that stayed and was timed: the model as it was handed back."""
+    return next((row for row in reversed(report.kept()) if row.timing is not None), None)
+
+
+def final_quality(report: Report) -> Quality | None:
+    """Quality of the model as it was handed back."""
+    return next((row.quality for row in reversed(report.kept()) if row.quality is not None), None)
+
+
+def final_memory(report: Report) -> Memory | None:
+    """Memory of the model as it was handed back."""
+    return next((row.memory for row in reversed(report.kept()) if row.memory is not None), None)
+
+
+def headline(report: Report) -> list[tuple[str, str]]:
+    """What was gained, what it cost in quality, which passes stayed: label and text."""
+    lines: list[tuple[str, str]] = []
+    row = final_row(report)
+    if report.baseline is None:
+        lines.append(("speed", "not measured"))
+    elif row is None or row.timing is None:
+        lines.append(("speed", "as before: no pass was kept" if not report.kept() else "not measured"))
+    else:
+        before, after = report.baseline, row.timing
+        prefill, decode = _both(row.total)
+        lines.append(("decode", _change(before.decode_tok_per_s, after.decode_tok_per_s, "tok/s", decode)))
+        lines.append(("TTFT", _change(before.prefill_ms.value, after.prefill_ms.value, "ms", prefill)))
+    lines += _memory_line(report)
+    quality = final_quality(report)
+    if quality is not None:
+        lines.append(("quality", _quality_text(quality)))
+    elif report.model.get("random_weights"):
+        lines.append(("quality", "random weights: no quality figures"))
+    for verdict in ("kept", "undone", "not applicable"):
+        names = [row.name for row in report.passes if row.verdict == verdict]
+        if names or verdict == "kept":
+            lines.append((verdict, ", ".join(names) or "none"))
+    return lines
+
+
+def _change(before: float, after: float, unit: str, gain: Interval | None) -> str:
+    ratio = f"   {fmt.ratio(gain)} over eager" if gain is not None else ""
+    return f"{fmt.number(before)} → {fmt.number(after)} {unit}{ratio}"
+
+
+def _memory_line(report: Report) -> list[tuple[str, str]]:
+    before, after = report.baseline_memory, final_memory(report)
+    if before is None or after is None or not before.weights:
+        return []
+    share = fmt.times(after.weights / before.weights)
+    return [("weights", f"{fmt.size(before.weights)} → {fmt.size(after.weights)}   {share}")]
+
+
+def _quality_text(quality: Quality) -> str:
+    text = (
+        f"KL {fmt.number(quality.mean_kl)} nats/token, top-1 {fmt.percent(quality.top1_agreement)}, "
+        f"perplexity {quality.perplexity_ratio:.4f}x"
+    )
+    return f"{text}; NaN or Inf in {', '.join(quality.non_finite[:3])}" if quality.non_finite else text
+
+
+def time_rows(report: Report) -> list[TimeRow]:
+    """Eager, stock, and each pass that was timed, in order. Empty when nothing was."""
+    rows = []
+    if report.baseline is not None:
+        rows.append(_time_row("eager", "baseline", report.baseline))
+    if report.stock is not None:
+        gain = report.stock_gain
+        rows.append(_time_row(stock_name(report), "baseline", report.stock, eager=gain))
+    for row in report.passes:
+        if row.timing is not None:
+            rows.append(
+                _time_row(
+                    row.name, row.verdict, row.timing, before=row.marginal, eager=row.total,
+                    left_out=row.leave_one_out, bandwidth=row.bandwidth_fraction,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def stock_name(report: Report) -> str:
+    """``stock (sdpa, grouped_mm)``"""
+    names = list(dict.fromkeys(report.stock_implementations.values()))
+    return f"stock ({', '.join(names)})" if names else "stock"
+
+
+def _time_row(
+    name: str,
+    verdict: str,
+    timing: Timing,
+    *,
+    before: Gain | None = None,
+    eager: Gain | None = None,
+    left_out: Gain | None = None,
+    bandwidth: float | None = None,
+) -> TimeRow:
+    return TimeRow(
+        name,
+        verdict,
+        fmt.interval(timing.prefill_ms),
+        fmt.interval(timing.decode_ms),
+        fmt.number(timing.decode_tok_per_s),
+        fmt.percent(bandwidth, 0),
+        *(fmt.ratio(ratio) for gain in (before, eager, left_out) for ratio in _both(gain)),
+    )
+
+
+def _both(gain: Gain | None) -> tuple[Interval | None, Interval | None]:
+    return (gain.prefill, gain.decode) if gain is not None else (None, None)
+
+
+def cost_rows(report: Report) -> list[CostRow]:
+    """Memory, quality and price of the baseline and of each pass that was applied."""
+    rows = []
+    if report.baseline_memory is not None or report.baseline_quality is not None:
+        rows.append(_cost_row("eager", "baseline", report.baseline_memory, report.baseline_quality))
+    for row in report.passes:
+        if row.verdict == "not applicable":
+            continue
+        repaid = fmt.count(row.break_even_tokens)
+        apply_s = fmt.number(row.apply_s)
+        rows.append(_cost_row(row.name, row.verdict, row.memory, row.quality, apply_s=apply_s, repaid=repaid))
+    return rows
+
+
+def _cost_row(
+    name: str,
+    verdict: str,
+    memory: Memory | None,
+    quality: Quality | None,
+    *,
+    apply_s: str = fmt.NONE,
+    repaid: str = fmt.NONE,
+) -> CostRow:
+    mean_kl, top1, perplexity = fmt.NONE, fmt.NONE, fmt.NONE
+    if quality is not None and verdict == "baseline":
+        perplexity = fmt.number(quality.perplexity)
+    elif quality is not None:
+        mean_kl, top1 = fmt.number(quality.mean_kl), fmt.percent(quality.top1_agreement, 2)
+        perplexity = f"{quality.perplexity_ratio:.4f}x"
+    weights = fmt.size(memory.weights) if memory else fmt.NONE
+    peak = fmt.size(memory.peak_rss) if memory else fmt.NONE
+    return CostRow(name, verdict, weights, peak, mean_kl, top1, perplexity, apply_s, repaid)
+
+
+def time_caption(report: Report) -> str:
+    """How the times were taken."""
+    timing = report.baseline or next((row.timing for row in report.passes if row.timing), None)
+    if timing is None:
+        return ""
+    return (
+        f"prompt {timing.prompt_tokens} tokens, {timing.decode_tokens} decoded, batch {timing.batch}; "
+        f"median [95% interval] of {timing.decode_ms.rounds} interleaved rounds"
+    )
+
+
+def ceilings_line(report: Report) -> str:
+    """``read 17.4 GB/s [..], int8 0.62 TOP/s [..] on 2 threads``"""
+    ceilings = report.ceilings
+    if ceilings is None:
+        return ""
+    named = (
+        ("read", ceilings.read_gb_per_s, "GB/s"),
+        ("int8", ceilings.int8_tops, "TOP/s"),
+        ("bf16", ceilings.bf16_tflops, "TFLOP/s"),
+    )
+    parts = [f"{name} {fmt.interval(value)} {unit}" for name, value, unit in named if value is not None]
+    return f"{', '.join(parts)}; {ceilings.threads} threads" if parts else ""
+
+
+def pass_lines(row: PassRow) -> list[str]:
+    """Reason, coverage, what really runs, skips and divergence of one pass."""
+    lines = [row.reason] if row.reason else []
+    coverage = row.coverage
+    if coverage.get("touched"):
+        text = f"{coverage['touched']} modules"
+        if coverage.get("share_of_weight_bytes"):
+            text += f", {fmt.percent(coverage['share_of_weight_bytes'])} of the weight bytes"
+        before, after = coverage.get("weight_bytes_before"), coverage.get("weight_bytes_after")
+        if before and after and before != after:
+            text += f": {fmt.size(before)} → {fmt.size(after)} ({fmt.percent(after / before)})"
+        lines.append(text)
+    if coverage.get("implementations"):
+        lines.append("runs " + ", ".join(f"{kind}: {name}" for kind, name in coverage["implementations"].items()))
+    lines += [f"skipped {text}" for text in _skips(coverage.get("skipped") or {})]
+    if row.quality is not None and row.quality.first_divergent_layer:
+        lines.append(
+            f"differs from layer {row.quality.first_divergent_layer} on; largest KL {fmt.number(row.quality.max_kl)}"
+            f", largest logit difference {fmt.number(row.quality.max_abs_logit_diff)}"
+        )
+    if row.quality is not None and row.quality.non_finite:
+        lines.append(f"NaN or Inf in {', '.join(row.quality.non_finite)}")
+    return lines
+
+
+def _skips(skipped: dict[str, str]) -> list[str]:
+    """One line a reason, with the first modules that have it."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in skipped.items():
+        by_reason[reason].append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{', '.join(names[:3])}{more}: {reason}")
+    return lines
+
+
+def compare_rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
+    """One row a report: name, tok/s, decode gain over its own eager, TTFT, weights, KL, top-1, as handed back."""
+    rows: list[tuple[str, ...]] = []
+    for name, report in zip(_names(reports), reports, strict=True):
+        row, quality, memory = final_row(report), final_quality(report), final_memory(report) or report.baseline_memory
+        timing = row.timing if row is not None else report.baseline
+        rows.append(
+            (
+                name,
+                fmt.number(timing.decode_tok_per_s) if timing else fmt.NONE,
+                fmt.ratio(row.total.decode) if row is not None and row.total else fmt.NONE,
+                fmt.interval(timing.prefill_ms) if timing else fmt.NONE,
+                fmt.size(memory.weights) if memory else fmt.NONE,
+                fmt.number(quality.mean_kl) if quality else fmt.NONE,
+                fmt.percent(quality.top1_agreement, 2) if quality else fmt.NONE,
+            )
+        )
+    return rows
+
+
+def _names(reports: Sequence[Report]) -> list[str]:
+    """Names of the models, numbered where two have the same."""
+    names = [str(report.model.get("name") or report.model.get("model_type") or "model") for report in reports]
+    return [f"{name} #{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def compare_remarks(reports: Sequence[Report]) -> list[str]:
+    """Passes that stayed in each, and what keeps the rows from being comparable."""
+    lines = []
+    for name, report in zip(_names(reports), reports, strict=True):
+        kept = ", ".join(row.name for row in report.kept()) or "none"
+        lines.append(f"{name}: kept {kept}")
+        lines += [f"{name}: {note}" for note in report.notes]
+    conditions: dict[str, set[Any]] = {
+        "machines": {machine(report) for report in reports},
+        "library versions": {software(report).rsplit(" · ", 1)[0] for report in reports},
+        "prompt, decode length or batch": {
+            (t.prompt_tokens, t.decode_tokens, t.batch) for report in reports if (t := report.baseline) is not None
+        },
+    }
+    different = [name for name, values in conditions.items() if len(values) > 1]
+    return [*lines, f"not comparable: different {' and '.join(different)}"] if different else lines

@@ -1,0 +1,160 @@
+"""What a pass is: it checks whether it applies, and applies as a reversible patch.
+
+A patch is a list of attribute swaps on objects of the one model given. Switching a patch off and on again is a handful
+of pointer assignments, and that is what lets the loop time "with" and "without" in interleaved rounds, leave one pass out,
+and give back a bit-exact model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from llmopt.models.base import ResolvedModel
+
+_ABSENT: Any = object()
+
+
+class Phase(IntEnum):
+    """Order of the passes. Order follows from the phase, never from one pass knowing another."""
+
+    QUANTIZE = 10
+    ATTENTION = 20
+    FUSE = 30
+    COMPILE = 40
+    RUNTIME = 50
+
+
+@dataclass(slots=True)
+class Swap:
+    """One attribute of one object: its value before and after. ``_ABSENT`` means: not set on the instance."""
+
+    owner: Any
+    attr: str
+    after: Any
+    before: Any = None
+
+    def __post_init__(self) -> None:
+        if self.before is None:
+            self.before = self._read()
+
+    def _read(self) -> Any:
+        if isinstance(self.owner, nn.Module) and (
+            self.attr in self.owner._modules or self.attr in self.owner._parameters or self.attr in self.owner._buffers
+        ):
+            return getattr(self.owner, self.attr)
+        return vars(self.owner).get(self.attr, _ABSENT)
+
+    def _write(self, value: Any) -> None:
+        if value is _ABSENT:
+            delattr(self.owner, self.attr)
+        else:
+            setattr(self.owner, self.attr, value)
+
+
+class Patch:
+    """Reversible edits, switched as one. Starts switched off."""
+
+    def __init__(self, swaps: Iterable[Swap] = (), on_enable: Callable[[], None] | None = None) -> None:
+        self.swaps = list(swaps)
+        self.enabled = False
+        self._on_enable = on_enable
+
+    def enable(self) -> None:
+        if self.enabled:
+            return
+        for swap in self.swaps:
+            swap._write(swap.after)
+        self.enabled = True
+        if self._on_enable is not None:
+            self._on_enable()
+
+    def disable(self) -> None:
+        if not self.enabled:
+            return
+        for swap in reversed(self.swaps):
+            swap._write(swap.before)
+        self.enabled = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Does the pass apply to this model on this machine? If not, the reason is shown to the user."""
+
+    applies: bool
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Coverage:
+    """What a pass touched, so that nothing is skipped in silence."""
+
+    weight_bytes_before: int = 0  # bytes of the weights it replaced, as they were
+    weight_bytes_after: int = 0
+    share_of_weight_bytes: float = 0.0  # of all weight bytes of the model before the pass
+    touched: int = 0  # number of modules
+    implementations: dict[str, str] = field(default_factory=dict)  # what really runs, by site kind
+    skipped: dict[str, str] = field(default_factory=dict)  # module or kind -> reason
+
+
+@dataclass(slots=True)
+class Applied:
+    """The result of applying a pass: a patch (not yet enabled), what it covers, and facts for the receipt."""
+
+    patch: Patch
+    coverage: Coverage
+    details: dict[str, Any] = field(default_factory=dict)  # JSON-serialisable
+    changes_numerics: bool = False  # True: outputs differ by design (quantization), so a quality budget applies
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Progress, for ``on_event``. ``total`` is 0 when unknown."""
+
+    kind: str  # "stage" | "progress" | "warning" | "verdict"
+    name: str  # pass or step
+    message: str = ""
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(slots=True)
+class PassContext:
+    """What a pass may use. It must not change the model other than through the patch it returns."""
+
+    resolved: ResolvedModel
+    device: torch.device
+    emit: Callable[[Event], None]
+    calibration: Any = None  # list of 1-D int64 token tensors, made by passes.quantize_gptq.calibrate
+    seed: int = 0
+    prompt_tokens: int = 128  # the depth at which decode is measured
+
+    @property
+    def model(self) -> nn.Module:
+        return self.resolved.model
+
+    @property
+    def config(self) -> Any:
+        return self.resolved.model.config
+
+
+class Pass(ABC):
+    """One optimization. Subclasses are frozen dataclasses whose fields are their options."""
+
+    name: ClassVar[str]
+    phase: ClassVar[Phase]
+    needs_calibration: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(self, ctx: PassContext) -> Verdict:
+        """Decide without touching anything. Bad options raise InputError."""
+
+    @abstractmethod
+    def apply(self, ctx: PassContext) -> Applied:
+        """Build what replaces the model's parts. The model itself stays as it is until the patch is enabled."""
