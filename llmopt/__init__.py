@@ -1,5 +1,32 @@
-"""llmopt: make a Hugging Face causal LM fast, and measure what each optimization gained."""
+"""llmopt: make a Hugging Face causal LM fast, and measure what each optimization gained.
+
+    import llmopt
+    model = llmopt.optimize(model)
+    llmopt.report(model).print()
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from llmopt import errors
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llmopt.measure.report import Report
+    from llmopt.loop import compare, load, optimize, report, restore, save
+
+__all__ = ["Report", "compare", "errors", "load", "optimize", "report", "restore", "save"]
+
+_HOME = {name: "llmopt.loop" for name in ("compare", "load", "optimize", "report", "restore", "save")}
+_HOME["Report"] = "llmopt.measure.report"
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import: `import llmopt` alone, and `llmopt --help`, stay instant
+    if name not in _HOME:
+        raise AttributeError(f"module 'llmopt' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

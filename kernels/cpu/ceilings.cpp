@@ -74,9 +74,13 @@ double read(const TensorView& buffer, double ms) {
   const auto loop = loops_of(detect_isa()).read;
   int64_t total = 0;
   uint64_t checksum = 0;
-  const double begin = seconds(), deadline = begin + ms / 1e3;
+  double begin = 0.0;
 #pragma omp parallel reduction(+ : total, checksum)
   {
+#pragma omp barrier
+#pragma omp single
+    begin = seconds();  // waking the threads is not part of the rate
+    const double deadline = begin + ms / 1e3;
     const Share share = share_of(pages.count, omp_get_thread_num(), omp_get_num_threads());
     const int64_t length = (share.end - share.begin) * kPage;
     int64_t at = 0;
@@ -109,9 +113,17 @@ double compute(const tvm::ffi::String& name, double ms) {
   }
   if (loop == nullptr) return 0.0;
   double total = 0.0;
-  const double begin = seconds(), deadline = begin + ms / 1e3;
+  double begin = 0.0;
 #pragma omp parallel reduction(+ : total)
-  while (seconds() < deadline) total += loop(1000);
+  {
+#pragma omp barrier
+#pragma omp single
+    begin = seconds();  // waking the threads is not part of the rate
+    const double deadline = begin + ms / 1e3;
+    do {
+      total += loop(1000);
+    } while (seconds() < deadline);
+  }
   return total / (seconds() - begin) / 1e12;
 }
 

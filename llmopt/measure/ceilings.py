@@ -1,7 +1,7 @@
 """What this machine can do at most, measured on the threads the kernels use, in the rounds of what it is compared with.
 
-A ceiling that was measured an hour ago, or on a data sheet, says little: on shared machines the read bandwidth drifts by a
-factor of two. So ``CeilingMeter.measure_round`` takes a few tens of milliseconds a kind and is called once in each round.
+A ceiling measured an hour ago, or read from a data sheet, says little: on shared machines the read bandwidth drifts by
+a factor of two. So ``CeilingMeter.measure_round`` takes some tens of milliseconds a kind, to be called in each round.
 
 =============== ======================================================================= =========================
 kind            what runs                                                               unit
@@ -73,7 +73,7 @@ def _buffer_bytes() -> int:
     available = memory.available_bytes()
     size = wanted if available is None else min(wanted, available // 4)
     if size < _LEAST_BUFFER:
-        raise CeilingUnavailableError(f"read bandwidth: {_LEAST_BUFFER >> 20} MiB needed, {size >> 20} MiB can be taken")
+        raise CeilingUnavailableError(f"read bandwidth: needs {_LEAST_BUFFER >> 20} MiB, {size >> 20} MiB can be taken")
     return size
 
 
@@ -99,13 +99,15 @@ def measure_once(kind: Kind, *, buffer: ReadBuffer | None = None, milliseconds: 
         raise InputError.argument("kind", expected=" | ".join(KINDS), got=kind)
     if kind == "read_gb_per_s":
         if buffer is not None:
-            return buffer.read(milliseconds or _READ_MS)
+            return buffer.read(_READ_MS if milliseconds is None else milliseconds)
         own = ReadBuffer()
         try:
-            return own.read(milliseconds or _READ_MS)
+            return own.read(_READ_MS if milliseconds is None else milliseconds)
         finally:
             own.release()
-    rate = float(native.library().ceiling_compute(_COMPUTE[kind], milliseconds or _COMPUTE_MS))
+    rate = float(
+        native.library().ceiling_compute(_COMPUTE[kind], _COMPUTE_MS if milliseconds is None else milliseconds)
+    )
     if rate == 0.0:
         raise CeilingUnavailableError(f"{kind}: no such instruction in {native.active_isa()} on this processor")
     return rate

@@ -1,7 +1,7 @@
-"""Microbenchmark of the ops in ``llmopt.ops.SPECS``: correct first, then timed beside rivals and the machine's ceilings.
+"""Microbenchmark of the ops in ``llmopt.ops.SPECS``: correct first, then timed beside rivals and machine ceilings.
 
 - A case whose result is outside the op's tolerance of the reference is not timed.
-- Op, rivals and ceilings take turns within each round, in shuffled order, so that drift of the machine hits all of them;
+- Op, rivals and ceilings take turns within each round, in shuffled order, so that drift of the machine hits them all;
   a fraction of a ceiling is the median over rounds of rate / ceiling *of that round*.
 - Calls rotate through copies of the inputs that together exceed the last-level cache (and 256 MB), as the weights of a
   model do between two uses. Ops whose inputs are too small for that are timed on one copy and marked "in cache".
@@ -45,7 +45,7 @@ class Spread:
 
 @dataclass(slots=True)
 class CaseResult:
-    """One case of one op. ``wrong`` says why it was not timed; fractions are None where no ceiling could be measured."""
+    """One case of one op. ``wrong`` says why it was not timed; fractions are None where no ceiling was measured."""
 
     op: str
     case: str
@@ -132,7 +132,7 @@ def _run_case(spec: OpSpec, case: Case, meter: CeilingMeter, *, rounds: int, see
     result.bytes_moved, result.flops = spec.bytes_moved(**inputs), spec.flops(**inputs)
     result.copies, result.in_cache = working_set(result.bytes_moved)
     copies = [inputs, *(copy.deepcopy(inputs) for _ in range(result.copies - 1))]
-    thunks = {spec.name: [functools.partial(spec.run, **each) for each in copies]}
+    thunks: dict[str, list[Thunk]] = {spec.name: [functools.partial(spec.run, **each) for each in copies]}
     for name, rival in spec.rivals.items():
         thunks[name] = [_rival_thunk(rival, each) for each in copies]
     meter.samples.clear()

@@ -123,6 +123,8 @@ def headline(report: Report) -> list[tuple[str, str]]:
     quality = final_quality(report)
     if quality is not None:
         lines.append(("quality", _quality_text(quality)))
+        if quality.non_finite:
+            lines.append(("NaN or Inf", ", ".join(quality.non_finite)))
     elif report.model.get("random_weights"):
         lines.append(("quality", "random weights: no quality figures"))
     for verdict in ("kept", "undone", "not applicable"):
@@ -146,11 +148,10 @@ def _memory_line(report: Report) -> list[tuple[str, str]]:
 
 
 def _quality_text(quality: Quality) -> str:
-    text = (
+    return (
         f"KL {fmt.number(quality.mean_kl)} nats/token, top-1 {fmt.percent(quality.top1_agreement)}, "
         f"perplexity {quality.perplexity_ratio:.4f}x"
     )
-    return f"{text}; NaN or Inf in {', '.join(quality.non_finite[:3])}" if quality.non_finite else text
 
 
 def time_rows(report: Report) -> list[TimeRow]:

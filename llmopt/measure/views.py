@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _WIDTH = 100
-_STYLES = {"kept": "green", "undone": "yellow", "not applicable": "dim", "baseline": "dim"}
+_STYLES = {"kept": "green", "undone": "yellow", "not applicable": "dim", "baseline": "dim", "NaN or Inf": "bold red"}
 _COST_HEADINGS = ("weights", "peak RSS", "KL nats/tok", "top-1", "perplexity", "apply s", "repaid tok")
 _COMPARE_HEADINGS = ("model", "tok/s", "x eager", "TTFT ms", "weights", "KL nats/tok", "top-1")
 _WORDS = ("model", "stage", "verdict")  # columns of words, aligned left

@@ -26,7 +26,8 @@ class AttentionSpec:
 
     kind: Literal["gqa", "mla"]
     rope: Literal["half_split", "interleaved"]
-    # linears in the order in which inputs become known: all of one tuple read the same input
+    # linears in the order in which inputs become known: all of one tuple read the same input.
+    # 'name?field' is there only where config.field is not None, 'name?!field' only where it is None
     stages: tuple[tuple[str, ...], ...]
     module: str = "self_attn"
     # norms inside attention: on the heads of q and k (GQA), or on the compressed latents (MLA)
@@ -175,7 +176,7 @@ def _walk(root: Any, path: str) -> Any:
 class _Finder:
     """Looks paths up, and gathers what is missing so that one error can name all of it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.missing: list[str] = []
 
@@ -261,9 +262,10 @@ def _resolve_layer(find: _Finder, family: ModelFamily, index: int) -> ResolvedLa
     mlp_name = f"{name}.{family.mlp_module}"
     mlp = find.get("", mlp_name)
     input_norm, post_norm = find.get(name, family.input_norm), find.get(name, family.post_norm)
-    stages = [find.linears(attention_name, _present(attention, paths)) for paths in family.attention.stages]
-    kept = find.linears(attention_name, _present(attention, family.attention.keep))
-    for path in _present(attention, family.attention.qk_norms):
+    config = find.model.config
+    stages = [find.linears(attention_name, _present(config, paths)) for paths in family.attention.stages]
+    kept = find.linears(attention_name, _present(config, family.attention.keep))
+    for path in _present(config, family.attention.qk_norms):
         find.get(attention_name, path)
     experts, router = None, None
     # what does not look dense counts as MoE, so that a misspelt `experts` is itself the name reported
@@ -281,15 +283,17 @@ def _resolve_layer(find: _Finder, family: ModelFamily, index: int) -> ResolvedLa
     )  # fmt: skip
 
 
-def _present(module: Any, paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Drop a path written 'name?' whose attribute the class sets to None (MLA without query compression).
+def _present(config: Any, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the paths that a model with this config has, conditions ('name?field', 'name?!field') taken off.
 
-    An attribute that is not there at all is kept, so that it is reported missing: 'name?' may be misspelt too.
+    The config decides, not the module: a misspelt name would look the same as an absent one.
     """
     kept = []
     for path in paths:
-        name = path.removesuffix("?")
-        if name != path and hasattr(module, name) and getattr(module, name) is None:
+        name, _, condition = path.partition("?")
+        field_name = condition.removeprefix("!")
+        wants_none = condition != field_name
+        if condition and (getattr(config, field_name) is None) != wants_none:
             continue
         kept.append(name)
     return tuple(kept)
@@ -305,10 +309,11 @@ def _resolve_moe(
     if spec.correction_bias:
         find.get(mlp_name, spec.correction_bias)
     site = ExpertsSite(f"{mlp_name}.{spec.experts}", experts, mlp, spec.experts, spec) if experts is not None else None
+    shared = None
     # a config with zero shared experts leaves the attribute at None
-    names = _present(mlp, (f"{spec.shared}?",)) if spec.shared is not None else ()
-    found = [f"{mlp_name}.{name}" for name in names if find.get(mlp_name, name) is not None]
-    return site, router, found[0] if found else None
+    if spec.shared is not None and not (hasattr(mlp, spec.shared) and getattr(mlp, spec.shared) is None):
+        shared = f"{mlp_name}.{spec.shared}" if find.get(mlp_name, spec.shared) is not None else None
+    return site, router, shared
 
 
 def _dense_stages(find: _Finder, spec: MlpSpec, prefix: str) -> list[tuple[LinearSite, ...]]:

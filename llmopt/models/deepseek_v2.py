@@ -9,8 +9,13 @@ FAMILY = ModelFamily(
     attention=AttentionSpec(
         kind="mla",
         rope="interleaved",
-        stages=(("q_proj?", "q_a_proj?"), ("q_b_proj?",), ("kv_b_proj",), ("o_proj",)),
-        qk_norms=("q_a_layernorm?", "kv_a_layernorm"),
+        stages=(
+            ("q_proj?!q_lora_rank", "q_a_proj?q_lora_rank"),
+            ("q_b_proj?q_lora_rank",),
+            ("kv_b_proj",),
+            ("o_proj",),
+        ),
+        qk_norms=("q_a_layernorm?q_lora_rank", "kv_a_layernorm"),
         keep=("kv_a_proj_with_mqa",),
     ),
     moe=MoeSpec(

@@ -81,10 +81,7 @@ def _check_not_quantized(model: Any) -> None:
 def _check_eval(model: nn.Module) -> None:
     training = [name or "the model itself" for name, module in model.named_modules() if module.training]
     if training:
-        raise ModelStateError(
-            f"model: expected eval mode, got {len(training)} modules in training mode (first: {training[0]}); "
-            "call model.eval()"
-        )
+        raise ModelStateError(f"model: expected eval mode, got training mode in {_shown(training)}; call model.eval()")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,7 +93,7 @@ def _check_placement(model: nn.Module) -> None:
     meta = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if meta:
         raise ModelStateError(
-            f"model: expected weights in memory, got {len(meta)} tensors on the meta device (first: {meta[0]}); "
+            f"model: expected weights in memory, got the meta device for {_shown(meta)}; "
             "load the weights without offloading (no device_map), or, if a load was interrupted, load again"
         )
     for name, tensor in _tensors(model):
@@ -133,8 +130,12 @@ def _check_linears(resolved: ResolvedModel) -> None:
             )
     left_out = unclaimed(resolved)
     if left_out:
-        shown = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
         raise UnsupportedModelError(
-            f"model: family '{resolved.family.model_type}' does not know these weights: {shown}; "
+            f"model: expected only what family '{resolved.family.model_type}' declares, got {_shown(left_out)}; "
             "this version of transformers, or a change to the model, added them"
         )
+
+
+def _shown(names: list[str]) -> str:
+    """``a, b, c and 5 more``"""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

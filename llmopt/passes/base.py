@@ -33,29 +33,34 @@ class Phase(IntEnum):
 
 @dataclass(slots=True)
 class Swap:
-    """One attribute of one object: its value before and after. ``_ABSENT`` means: not set on the instance."""
+    """One attribute of one object and its new value.
+
+    The value before is read each time the swap is made, so patches may be switched on in any subset, as long as they are
+    switched off in the reverse order.
+    """
 
     owner: Any
     attr: str
     after: Any
-    before: Any = None
+    before: Any = _ABSENT  # _ABSENT: not set on the instance (or not switched on yet)
 
-    def __post_init__(self) -> None:
-        if self.before is None:
-            self.before = self._read()
+    def make(self) -> None:
+        self.before = self._current()
+        setattr(self.owner, self.attr, self.after)
 
-    def _read(self) -> Any:
-        if isinstance(self.owner, nn.Module) and (
-            self.attr in self.owner._modules or self.attr in self.owner._parameters or self.attr in self.owner._buffers
-        ):
-            return getattr(self.owner, self.attr)
-        return vars(self.owner).get(self.attr, _ABSENT)
-
-    def _write(self, value: Any) -> None:
-        if value is _ABSENT:
+    def undo(self) -> None:
+        if self.before is _ABSENT:
             delattr(self.owner, self.attr)
         else:
-            setattr(self.owner, self.attr, value)
+            setattr(self.owner, self.attr, self.before)
+
+    def _current(self) -> Any:
+        registered = isinstance(self.owner, nn.Module) and any(
+            self.attr in table for table in (self.owner._modules, self.owner._parameters, self.owner._buffers)
+        )
+        if registered or isinstance(getattr(type(self.owner), self.attr, None), property):
+            return getattr(self.owner, self.attr)
+        return vars(self.owner).get(self.attr, _ABSENT)
 
 
 class Patch:
@@ -67,19 +72,28 @@ class Patch:
         self._on_enable = on_enable
 
     def enable(self) -> None:
+        """Make all edits, or none if one fails."""
         if self.enabled:
             return
-        for swap in self.swaps:
-            swap._write(swap.after)
+        made: list[Swap] = []
+        try:
+            for swap in self.swaps:
+                swap.make()
+                made.append(swap)
+            if self._on_enable is not None:
+                self._on_enable()
+        except BaseException:
+            for swap in reversed(made):
+                swap.undo()
+            raise
         self.enabled = True
-        if self._on_enable is not None:
-            self._on_enable()
 
     def disable(self) -> None:
+        """Undo all edits, last first."""
         if not self.enabled:
             return
         for swap in reversed(self.swaps):
-            swap._write(swap.before)
+            swap.undo()
         self.enabled = False
 
 

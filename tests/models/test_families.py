@@ -117,9 +117,15 @@ def test_a_linear_the_family_does_not_know_is_reported(family: ModelFamily) -> N
 
 
 def misspelt(path: str) -> str:
-    optional = "?" if path.endswith("?") else ""
-    path = path.removesuffix("?")
-    return f"{path[:-2]}x{path[-2:]}{optional}"
+    path, mark, condition = path.partition("?")
+    return f"{path[:-2]}x{path[-2:]}{mark}{condition}"
+
+
+def in_use(path: str, family: ModelFamily) -> bool:
+    """A path with a condition that the tiny config does not meet is not looked for."""
+    _, _, condition = path.partition("?")
+    unset = family.tiny_config.get(condition.removeprefix("!")) is None
+    return not condition or unset == condition.startswith("!")
 
 
 def misspelt_families(family: ModelFamily) -> Iterator[tuple[str, ModelFamily]]:
@@ -131,15 +137,17 @@ def misspelt_families(family: ModelFamily) -> Iterator[tuple[str, ModelFamily]]:
     for name in ("qk_norms", "keep"):
         paths = getattr(attention, name)
         for i, path in enumerate(paths):
-            wrong = (*paths[:i], misspelt(path), *paths[i + 1 :])
-            spec = dataclasses.replace(attention, **{name: wrong})
-            yield misspelt(path).rstrip("?"), dataclasses.replace(family, attention=spec)
+            if in_use(path, family):
+                wrong = (*paths[:i], misspelt(path), *paths[i + 1 :])
+                spec = dataclasses.replace(attention, **{name: wrong})
+                yield misspelt(path).partition("?")[0], dataclasses.replace(family, attention=spec)
     for i, stage in enumerate(attention.stages):
         for j, path in enumerate(stage):
-            stages = list(attention.stages)
-            stages[i] = (*stage[:j], misspelt(path), *stage[j + 1 :])
-            spec = dataclasses.replace(attention, stages=tuple(stages))
-            yield misspelt(path).rstrip("?"), dataclasses.replace(family, attention=spec)
+            if in_use(path, family):
+                stages = list(attention.stages)
+                stages[i] = (*stage[:j], misspelt(path), *stage[j + 1 :])
+                spec = dataclasses.replace(attention, stages=tuple(stages))
+                yield misspelt(path).partition("?")[0], dataclasses.replace(family, attention=spec)
     wrong = misspelt(attention.module)
     yield wrong, dataclasses.replace(family, attention=dataclasses.replace(attention, module=wrong))
     for name in ("gate", "up", "down"):
@@ -274,6 +282,19 @@ def test_tiny_config_suits_the_kernels(family: ModelFamily, tiny: Any) -> None:
             for stack in (layer.experts.gate_up, layer.experts.down):
                 assert stack.shape[2] % 64 == 0
                 assert stack.shape[1] % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "q_lora_rank", "expected"),
+    [("deepseek_v2", 64, ["q_a_proj"]), ("deepseek_v3", None, ["q_proj"])],
+)
+def test_latent_attention_with_and_without_query_compression(
+    model_type: str, q_lora_rank: int | None, expected: list[str]
+) -> None:
+    config = AutoConfig.for_model(model_type, **{**family_for(model_type).tiny_config, "q_lora_rank": q_lora_rank})
+    resolved = resolve_model(AutoModelForCausalLM.from_config(config))
+    assert [site.attr for site in resolved.layers[0].stages[0]] == expected
+    assert unclaimed(resolved) == []
 
 
 @pytest.mark.parametrize("model_type", ["ernie4_5", "ernie4_5_moe"])

@@ -159,9 +159,9 @@ STATES: list[tuple[Callable[[Any], Any], str]] = [
     (quantized_config, r"already quantized by awq.*original"),
     (quantized_flag, r"already quantized"),
     (quantizer_left_behind, r"already quantized"),
-    (training, r"training mode.*call model\.eval\(\)"),
-    (one_module_training, r"first: model\.layers\.1\.mlp\).*call model\.eval\(\)"),
-    (meta_parameter, r"1 tensors on the meta device \(first: model\.layers\.1\.mlp\.down_proj\.weight\).*device_map"),
+    (training, r"training mode in the model itself, .* more; call model\.eval\(\)"),
+    (one_module_training, r"training mode in model\.layers\.1\.mlp, .*call model\.eval\(\)"),
+    (meta_parameter, r"meta device for model\.layers\.1\.mlp\.down_proj\.weight; .*device_map"),
     (float8, r"model\.layers\.0\.mlp\.down_proj\.weight in float8_e4m3fn.*dtype=torch\.bfloat16"),
     (int8, r"in int8.*dtype=torch\.bfloat16"),
     (float64, r"in float64.*dtype=torch\.bfloat16"),
@@ -200,7 +200,7 @@ def test_several_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_weight_the_family_does_not_know_is_refused() -> None:
     model = tiny_model("qwen3")
     model.model.layers[0].mlp.extra_proj = nn.Linear(8, 8).eval()
-    with pytest.raises(UnsupportedModelError, match=r"does not know these weights: model\.layers\.0\.mlp\.extra_proj"):
+    with pytest.raises(UnsupportedModelError, match=r"'qwen3' declares, got model\.layers\.0\.mlp\.extra_proj;"):
         validate_model(model)
 
 

@@ -1,0 +1,347 @@
+// Tiled attention with online softmax (Dao 2023, arXiv 2307.08691), once per instruction set.
+//
+// Scores are kept in units of log2, so that a weight is 2^(score - maximum). Few rows (decode) read keys and values as they
+// lie; many rows (prefill) first turn each tile of keys into float32, transposed, and multiply by blocks of rows.
+#pragma once
+
+#include <cstring>
+
+#include "attention_math.h"
+
+namespace llmopt::LLMOPT_ISA {
+
+// rows from which turning a tile into float32 pays
+#ifndef PACKROWS
+#define PACKROWS 12
+#endif
+constexpr int64_t kPackRows = PACKROWS;
+
+template <int kDType>
+class Attention {
+ public:
+  Attention(const AttentionParams& params, const AttentionJob& job, float* scratch)
+      : p_(params), job_(job), layout_(params, job.row_end - job.row_begin), rows_(job.row_end - job.row_begin) {
+    query_ = scratch + layout_.query;
+    scores_ = scratch + layout_.scores;
+    acc_ = scratch + layout_.acc;
+    keys_ = scratch + layout_.keys;
+    values_ = scratch + layout_.values;
+    const int64_t padded = round_up(rows_, 16);
+    max_ = scratch + layout_.stats;
+    sum_ = max_ + padded;
+    keep_ = sum_ + padded;
+    low_ = reinterpret_cast<int32_t*>(keep_ + padded);
+    high_ = low_ + padded;
+    position_ = high_ + padded;
+  }
+
+  void run() {
+    start();
+    const int64_t first = std::max<int64_t>(job_.key_begin, low_[0]);
+    const int64_t last = std::min<int64_t>(job_.key_end, high_[rows_ - 1]);
+    const bool packed = rows_ >= kPackRows;
+    for (int64_t key = first; key < last; key += kTileKeys) {
+      const int64_t n = std::min(kTileKeys, last - key);
+      if (!any_visible(key, n)) continue;
+      if (packed) {
+        scores_packed(key, n);
+      } else {
+        scores_direct(key, n);
+      }
+      for (int64_t r = 0; r < rows_; ++r) soften(r, key, n);
+      if (packed) {
+        values_packed(key, n);
+      } else {
+        values_direct(key, n);
+      }
+    }
+    for (int64_t r = 0; r < rows_; ++r) finish(r);
+  }
+
+  // see AttentionKernels::combine
+  void combine(int64_t count, int64_t stride, int64_t row) {
+    const int64_t width = layout_.value_stride, r = row - job_.row_begin;
+    const auto part = [&](int64_t i) { return job_.partial + i * stride; };
+    float top = kMasked, sum = 0.0f;
+    for (int64_t i = 0; i < count; ++i) top = std::max(top, part(i)[r]);
+    const float base = top == kMasked ? 0.0f : top;
+    for (int64_t d = 0; d < width; d += 16) store(acc_ + d, zero_f32());
+    for (int64_t i = 0; i < count; ++i) {
+      const float weight = exp2_weight(part(i)[r] - base);
+      sum += weight * part(i)[rows_ + r];
+      const float* in = part(i) + 2 * rows_ + r * width;
+      for (int64_t d = 0; d < width; d += 16)
+        store(acc_ + d, fmadd(set1(weight), load(in + d), load(acc_ + d)));
+    }
+    write(row, acc_, sum);
+  }
+
+ private:
+  const void* key_at(int64_t key) const {
+    return element<kDType>(p_.k, job_.b * p_.k_stride.b + job_.kv_head * p_.k_stride.h + key * p_.k_stride.t);
+  }
+  const void* key_rope_at(int64_t key) const {
+    const Strides& s = p_.k_rope_stride;
+    return element<kDType>(p_.k_rope, job_.b * s.b + job_.kv_head * s.h + key * s.t);
+  }
+  const void* value_at(int64_t key) const {
+    return element<kDType>(p_.v, job_.b * p_.v_stride.b + job_.kv_head * p_.v_stride.h + key * p_.v_stride.t);
+  }
+  int64_t head_of(int64_t row, int64_t position) const {
+    return job_.kv_head * p_.group() + row - position * p_.group();
+  }
+  // first and one past the last key that a position may see, masks aside
+  int64_t low_of(int64_t position) const {
+    return p_.window > 0 ? std::max<int64_t>(0, p_.tk - p_.tq + position - p_.window + 1) : 0;
+  }
+  int64_t high_of(int64_t position) const {
+    return p_.causal ? std::max<int64_t>(0, p_.tk - p_.tq + position + 1) : p_.tk;
+  }
+  const uint8_t* mask_at(int64_t row, int64_t position, int64_t key) const {
+    const Strides& s = p_.mask_stride;
+    return p_.mask + job_.b * s.b + head_of(row, position) * s.h + position * s.t + key;
+  }
+  const uint8_t* key_mask_at(int64_t key) const { return p_.key_mask + job_.b * p_.key_mask_stride + key; }
+
+  void start() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t row = job_.row_begin + r, position = row / p_.group(), head = head_of(row, position);
+      position_[r] = static_cast<int32_t>(position);
+      low_[r] = static_cast<int32_t>(low_of(position));
+      high_[r] = static_cast<int32_t>(high_of(position));
+      max_[r] = kMasked;
+      sum_[r] = 0.0f;
+      float* out = query_ + r * layout_.query_stride;
+      load_query(p_.q, p_.q_stride, p_.dim, head, position, out);
+      if (p_.q_rope) load_query(p_.q_rope, p_.q_rope_stride, p_.dim_rope, head, position, out + round_up(p_.dim, 16));
+    }
+    for (int64_t i = 0; i < rows_ * layout_.value_stride; i += 16) store(acc_ + i, zero_f32());
+  }
+
+  void load_query(const void* q, const Strides& s, int64_t dim, int64_t head, int64_t position, float* out) {
+    const void* in = element<kDType>(q, job_.b * s.b + head * s.h + position * s.t);
+    const F32x16 scale = set1(p_.scale * 1.44269504f);
+    for (int64_t d = 0; d < dim; d += 16)
+      store(out + d, mul(scale, load_as_n<kDType>(in, d, static_cast<int>(std::min<int64_t>(16, dim - d)))));
+  }
+
+  bool any_visible(int64_t key, int64_t n) const {
+    const auto any = [n](const uint8_t* m) {
+      uint8_t seen = 0;
+      for (int64_t j = 0; j < n; ++j) seen |= m[j];
+      return seen != 0;
+    };
+    if (p_.key_mask && !any(key_mask_at(key))) return false;
+    if (!p_.mask) return true;
+    for (int64_t r = 0; r < rows_; ++r)
+      if (any(mask_at(job_.row_begin + r, position_[r], key))) return true;
+    return false;
+  }
+
+  void scores_packed(int64_t key, int64_t n) {
+    pack_transposed<kDType>(key_at(key), p_.k_stride.t, n, p_.dim, keys_);
+    const int64_t rope = round_up(p_.dim, 16);
+    // query padding is zero, so rows of the tile between dim and rope only have to be finite
+    std::memset(keys_ + p_.dim * kTileKeys, 0, static_cast<size_t>((rope - p_.dim) * kTileKeys) * sizeof(float));
+    if (p_.k_rope)
+      pack_transposed<kDType>(key_rope_at(key), p_.k_rope_stride.t, n, p_.dim_rope, keys_ + rope * kTileKeys);
+    const int64_t dim = p_.k_rope ? rope + p_.dim_rope : p_.dim;
+    for (int64_t r = 0; r < rows_; r += kBlockRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlockRows, rows_ - r));
+      if (low_[r] >= key + n || high_[r + count - 1] <= key) continue;
+      product_rows<kBlockRows>(count, query_ + r * layout_.query_stride, layout_.query_stride, keys_, kTileKeys,
+                               scores_ + r * kTileKeys, kTileKeys, dim, nullptr, kTileKeys);
+    }
+  }
+
+  void values_packed(int64_t key, int64_t n) {
+    const int64_t width = layout_.value_stride;
+    pack_rows<kDType>(value_at(key), p_.v_stride.t, n, p_.dim_v, values_, width);
+    for (int64_t r = 0; r < rows_; r += kBlockRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlockRows, rows_ - r));
+      const int64_t begin = std::max<int64_t>(0, low_[r] - key);
+      const int64_t end = std::min<int64_t>(n, high_[r + count - 1] - key);
+      if (begin >= end) continue;
+      product_rows<kBlockRows>(count, scores_ + r * kTileKeys + begin, kTileKeys, values_ + begin * width, width,
+                               acc_ + r * width, width, end - begin, keep_ + r, width);
+    }
+  }
+
+  void scores_direct(int64_t key, int64_t n) {
+    int64_t r = 0;
+    for (; r + 4 <= rows_; r += 4) score_rows<4, kBlockVecs == 4 ? 4 : 1>(r, key, n);
+    for (; r + 2 <= rows_; r += 2) score_rows<2, kBlockVecs == 4 ? 8 : 2>(r, key, n);
+    for (; r < rows_; ++r) score_rows<1, kBlockVecs == 4 ? 8 : 4>(r, key, n);
+  }
+
+  // scores of R rows, 16 sums at a time: C keys together, as many groups of them as give 16
+  template <int R, int C>
+  void score_rows(int64_t r, int64_t key, int64_t n) {
+    constexpr int kGroups = 16 / (R * C), kStep = C * kGroups;
+    const float* q = query_ + r * layout_.query_stride;
+    for (int64_t j = 0; j < n; j += kStep) {
+      F32x16 acc[16];
+#pragma GCC unroll 16
+      for (int g = 0; g < kGroups; ++g) {
+        const void* k[C];
+#pragma GCC unroll 16
+        for (int i = 0; i < R * C; ++i) acc[g * R * C + i] = zero_f32();
+        // past the end the last key is read again; its scores are masked
+        for (int c = 0; c < C; ++c) k[c] = key_at(key + std::min<int64_t>(n - 1, j + g * C + c));
+        dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, AHEAD * p_.k_stride.t, acc + g * R * C);
+        if (p_.k_rope) {
+          for (int c = 0; c < C; ++c) k[c] = key_rope_at(key + std::min<int64_t>(n - 1, j + g * C + c));
+          dots<R, C, kDType>(q + round_up(p_.dim, 16), layout_.query_stride, k, p_.dim_rope,
+                                AHEAD * p_.k_rope_stride.t, acc + g * R * C);
+        }
+      }
+      float sums[16];
+      store(sums, sum_each(acc));
+      for (int g = 0; g < kGroups; ++g)
+        for (int i = 0; i < R; ++i)
+          std::memcpy(scores_ + (r + i) * kTileKeys + j + g * C, sums + (g * R + i) * C, C * sizeof(float));
+    }
+  }
+
+  void values_direct(int64_t key, int64_t n) {
+    int64_t r = 0;
+    for (; r + 4 <= rows_; r += 4) add_values<4, kBlockVecs>(r, key, n);
+    for (; r + 2 <= rows_; r += 2) add_values<2, 2 * kBlockVecs>(r, key, n);
+    for (; r < rows_; ++r) add_values<1, kBlockVecs == 4 ? 8 : 4>(r, key, n);
+  }
+  template <int R, int V>
+  void add_values(int64_t r, int64_t key, int64_t n) {
+    product<R, V, kDType, true>(scores_ + r * kTileKeys, kTileKeys, value_at(key), p_.v_stride.t,
+                          acc_ + r * layout_.value_stride, layout_.value_stride, n, keep_ + r, p_.dim_v);
+  }
+
+  // masks the row's scores of this tile, turns them into weights and updates maximum, sum and what to keep of acc
+  void soften(int64_t r, int64_t key, int64_t n) {
+    float* s = scores_ + r * kTileKeys;
+    const int64_t begin = std::clamp<int64_t>(low_[r] - key, 0, n), end = std::clamp<int64_t>(high_[r] - key, 0, n);
+    keep_[r] = 1.0f;
+    if (begin >= end) {
+      std::fill(s, s + kTileKeys, 0.0f);
+      return;
+    }
+    std::fill(s, s + begin, kMasked);
+    std::fill(s + end, s + kTileKeys, kMasked);
+    if (p_.key_mask) {
+      const uint8_t* visible = key_mask_at(key);
+      for (int64_t j = begin; j < end; ++j) s[j] = visible[j] ? s[j] : kMasked;
+    }
+    if (p_.mask) {
+      const uint8_t* visible = mask_at(job_.row_begin + r, position_[r], key);
+      for (int64_t j = begin; j < end; ++j) s[j] = visible[j] ? s[j] : kMasked;
+    }
+    F32x16 top = load(s);
+    for (int64_t j = 16; j < kTileKeys; j += 16) top = max(top, load(s + j));
+    const float before = max_[r], tile = reduce_max(top), now = tile > before ? tile : before;
+    // with nothing visible yet every weight is 2^-inf = 0, whatever the base
+    const F32x16 base = set1(now == kMasked ? 0.0f : now);
+    F32x16 total = zero_f32();
+    for (int64_t j = 0; j < kTileKeys; j += 16) {
+      const F32x16 w = exp2_weight(sub(load(s + j), base));
+      store(s + j, w);
+      total = add(total, w);
+    }
+    if (now != before) {
+      keep_[r] = exp2_weight(before - now);
+      max_[r] = now;
+    }
+    sum_[r] = sum_[r] * keep_[r] + reduce_add(total);
+  }
+
+  void finish(int64_t r) {
+    const int64_t width = layout_.value_stride;
+    if (!job_.partial) return write(job_.row_begin + r, acc_ + r * width, sum_[r]);
+    job_.partial[r] = max_[r];
+    job_.partial[rows_ + r] = sum_[r];
+    std::memcpy(job_.partial + 2 * rows_ + r * width, acc_ + r * width, static_cast<size_t>(width) * sizeof(float));
+  }
+
+  // normalises a row in place and stores it; a row that saw no key is zero
+  void write(int64_t row, float* o, float sum) {
+    const F32x16 inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
+    I32x16 bits = zero_i32();
+    for (int64_t d = 0; d < layout_.value_stride; d += 16) {
+      const F32x16 x = mul(load(o + d), inverse);
+      bits = max(bits, abs_bits(x));
+      store(o + d, x);
+    }
+    // 0 * NaN: a value the row may not see has leaked in, or what it may see is not finite; the slow way tells
+    if (reduce_max(bits) >= 0x7f800000) exact_row(row, o);
+    const int64_t position = row / p_.group();
+    const int64_t at = ((job_.b * p_.tq + position) * p_.heads + head_of(row, position)) * p_.dim_v;
+    for (int64_t d = 0; d < p_.dim_v; d += 16)
+      store_as_n<kDType>(p_.out, at + d, load(o + d), static_cast<int>(std::min<int64_t>(16, p_.dim_v - d)));
+  }
+
+  // the row again, key by key, touching visible keys only
+  void exact_row(int64_t row, float* o) const {
+    const int64_t position = row / p_.group(), head = head_of(row, position);
+    const int64_t first = low_of(position), last = high_of(position);
+    const auto visible = [&](int64_t key) {
+      return (!p_.key_mask || *key_mask_at(key)) && (!p_.mask || *mask_at(row, position, key));
+    };
+    float top = kMasked, sum = 0.0f;
+    for (int64_t key = first; key < last; ++key) {
+      if (!visible(key)) continue;
+      const float s = score(head, position, key);
+      if (s > top || s != s) top = s;
+    }
+    for (int64_t d = 0; d < layout_.value_stride; d += 16) store(o + d, zero_f32());
+    for (int64_t key = first; key < last; ++key) {
+      if (!visible(key)) continue;
+      const float w = std::exp(score(head, position, key) - top);
+      sum += w;
+      for (int64_t d = 0; d < p_.dim_v; d += 16) {
+        const int lanes = static_cast<int>(std::min<int64_t>(16, p_.dim_v - d));
+        store(o + d, fmadd(set1(w), load_as_n<kDType>(value_at(key), d, lanes), load(o + d)));
+      }
+    }
+    const F32x16 inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
+    for (int64_t d = 0; d < layout_.value_stride; d += 16) store(o + d, mul(load(o + d), inverse));
+  }
+
+  float score(int64_t head, int64_t position, int64_t key) const {
+    const Strides &s = p_.q_stride, &t = p_.q_rope_stride;
+    float sum = dot(element<kDType>(p_.q, job_.b * s.b + head * s.h + position * s.t), key_at(key), p_.dim);
+    if (p_.k_rope)
+      sum += dot(element<kDType>(p_.q_rope, job_.b * t.b + head * t.h + position * t.t), key_rope_at(key), p_.dim_rope);
+    return sum * p_.scale;
+  }
+  static float dot(const void* a, const void* b, int64_t dim) {
+    F32x16 sum = zero_f32();
+    for (int64_t d = 0; d < dim; d += 16) {
+      const int lanes = static_cast<int>(std::min<int64_t>(16, dim - d));
+      sum = fmadd(load_as_n<kDType>(a, d, lanes), load_as_n<kDType>(b, d, lanes), sum);
+    }
+    return reduce_add(sum);
+  }
+
+  const AttentionParams& p_;
+  const AttentionJob& job_;
+  const AttentionLayout layout_;
+  const int64_t rows_;
+  float *query_, *scores_, *acc_, *keys_, *values_, *max_, *sum_, *keep_;
+  int32_t *low_, *high_, *position_;
+};
+
+template <int kDType>
+const AttentionKernels& kernels_of() {
+  static const AttentionKernels kernels = {
+      [](const AttentionParams& p, const AttentionJob& job, float* scratch) {
+        Attention<kDType>(p, job, scratch).run();
+      },
+      [](const AttentionParams& p, const AttentionJob& job, int64_t count, int64_t stride, int64_t row,
+         float* scratch) { Attention<kDType>(p, job, scratch).combine(count, stride, row); }};
+  return kernels;
+}
+
+inline const AttentionKernels& kernels_for(int dtype) {
+  if (dtype == 0) return kernels_of<0>();
+  return dtype == 1 ? kernels_of<1>() : kernels_of<2>();
+}
+
+}  // namespace llmopt::LLMOPT_ISA

@@ -1,0 +1,167 @@
+// Small products for attention, on the lanes of simd_*.h. All accumulate in float32.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention.h"
+#include "simd_math.h"
+
+namespace llmopt::LLMOPT_ISA {
+
+constexpr float kMasked = -INFINITY;
+
+template <int kDType>
+inline const void* element(const void* base, int64_t i) {
+  return static_cast<const char*>(base) + i * (kDType == 0 ? 4 : 2);
+}
+
+#ifndef AHEAD
+#define AHEAD 16
+#define LOCALITY 2
+#endif
+// Asks for the line that holds element i. Keys and values come in short runs of two streams, which the hardware's own
+// prefetching does not follow: without this, waiting and computing add up instead of overlapping.
+template <int kDType>
+inline void prefetch(const void* base, int64_t i) {
+  __builtin_prefetch(element<kDType>(base, i), 0, LOCALITY);
+}
+
+// 2^x for x <= 0, relative error under 2e-7, and exactly 0 from -64 down: beside the row's largest weight, which is 1,
+// that is far below float32's rounding. NaN stays NaN.
+inline F32x16 exp2_weight(F32x16 x) {
+  const F32x16 clamped = max(set1(-64.0f), x);
+  const F32x16 n = round_even(clamped);
+  const F32x16 r = sub(clamped, n);
+  F32x16 p = set1(1.326472726e-3f);
+  p = fmadd(p, r, set1(9.671512700e-3f));
+  p = fmadd(p, r, set1(5.550733744e-2f));
+  p = fmadd(p, r, set1(2.402224208e-1f));
+  p = fmadd(p, r, set1(6.931469776e-1f));
+  p = fmadd(p, r, set1(1.0f));
+  return sub(scale_pow2(p, n), set1(5.421010862e-20f));  // 2^-64
+}
+inline float exp2_weight(float x) {
+  float t[16];
+  store(t, exp2_weight(set1(x)));
+  return t[0];
+}
+
+// c[R, 16 V] = keep[r] * c[r] + a[R, k] @ b[k, 16 V]; keep == nullptr starts from zero. `lanes` < 16 only with V == 1.
+// kStream: b comes from memory, and the rows after it are wanted next.
+template <int R, int V, int kDType, bool kStream>
+inline void product_block(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
+                          const float* keep, int lanes) {
+  F32x16 acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = keep ? mul(load(c + r * ldc + 16 * v), set1(keep[r])) : zero_f32();
+  }
+  for (int64_t j = 0; j < k; ++j) {
+    F32x16 x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      x[v] = V == 1 && lanes < 16 ? load_as_n<kDType>(b, j * ldb, lanes) : load_as<kDType>(b, j * ldb + 16 * v);
+    if constexpr (kStream) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + AHEAD) * ldb + 16 * v);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F32x16 w = set1(a[r * lda + j]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] = fmadd(w, x[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(c + r * ldc + 16 * v, acc[r][v]);
+  }
+}
+
+// product_block over all columns: V vectors at a time, then half as many, down to a tail of less than one
+template <int R, int V, int kDType, bool kStream>
+inline void product(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
+                    const float* keep, int64_t cols) {
+  int64_t done = 0;
+  for (; done + 16 * V <= cols; done += 16 * V)
+    product_block<R, V, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, 16);
+  if (done == cols) return;
+  if constexpr (V > 1) {
+    product<R, V / 2, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, cols - done);
+  } else {
+    const int lanes = static_cast<int>(cols - done);
+    product_block<R, 1, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, lanes);
+  }
+}
+
+// product of `rows` <= R rows of float32
+template <int R>
+inline void product_rows(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                         int64_t k, const float* keep, int64_t cols) {
+  if (rows == R) {
+    product<R, kBlockVecs, 0, false>(a, lda, b, ldb, c, ldc, k, keep, cols);
+  } else if constexpr (R > 1) {
+    product_rows<R - 1>(rows, a, lda, b, ldb, c, ldc, k, keep, cols);
+  }
+}
+
+// acc[r * C + c] += q[r] . k[c] over `dim` elements; q is padded with zeros to whole vectors
+template <int R, int C, int kDType>
+inline void dots(const float* q, int64_t ldq, const void* const (&k)[C], int64_t dim, int64_t ahead, F32x16* acc) {
+  F32x16 sum[R * C];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) sum[i] = acc[i];
+  for (int64_t d = 0; d < dim; d += 16) {
+    const int lanes = static_cast<int>(std::min<int64_t>(16, dim - d));
+    F32x16 x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) x[r] = load(q + r * ldq + d);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const F32x16 y = lanes == 16 ? load_as<kDType>(k[c], d) : load_as_n<kDType>(k[c], d, lanes);
+      if (kDType == 0 || d % 32 == 0) prefetch<kDType>(k[c], d + ahead);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r * C + c] = fmadd(x[r], y, sum[r * C + c]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) acc[i] = sum[i];
+}
+
+// out[d, key] = in[key, d] for up to kTileKeys keys; keys past `n` give zeros
+template <int kDType>
+inline void pack_transposed(const void* in, int64_t stride, int64_t n, int64_t dim, float* out) {
+  for (int64_t key = 0; key < kTileKeys; key += 16) {
+    for (int64_t d = 0; d < dim; d += 16) {
+      const int lanes = static_cast<int>(std::min<int64_t>(16, dim - d));
+      F32x16 x[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const int64_t at = (key + i) * stride + d;
+        if (key + i >= n) x[i] = zero_f32();
+        else x[i] = lanes == 16 ? load_as<kDType>(in, at) : load_as_n<kDType>(in, at, lanes);
+        if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, at + AHEAD * stride);
+      }
+      transpose(x);
+      for (int i = 0; i < lanes; ++i) store(out + (d + i) * kTileKeys + key, x[i]);
+    }
+  }
+}
+
+// out[key, d] = in[key, d] as float32, rows padded with zeros to `out_stride`, a multiple of 16
+template <int kDType>
+inline void pack_rows(const void* in, int64_t stride, int64_t n, int64_t dim, float* out, int64_t out_stride) {
+  for (int64_t key = 0; key < n; ++key) {
+    int64_t d = 0;
+    for (; d + 16 <= dim; d += 16) {
+      store(out + key * out_stride + d, load_as<kDType>(in, key * stride + d));
+      if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, (key + AHEAD) * stride + d);
+    }
+    if (d < dim) store(out + key * out_stride + d, load_as_n<kDType>(in, key * stride + d, static_cast<int>(dim - d)));
+  }
+}
+
+}  // namespace llmopt::LLMOPT_ISA

@@ -1,0 +1,210 @@
+"""What the command line opens: a checkpoint directory, a published shape, a calibration file. Local files only."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from llmopt.errors import CalibrationError, CheckpointError, InputError
+from llmopt.measure.report import Report
+
+
+class Opened(NamedTuple):
+    """A model in eval mode and the tokenizer beside it, if there is one."""
+
+    model: Any
+    tokenizer: Any | None
+
+
+def open_model(directory: str | Path, *, eager: bool = False) -> Opened:
+    """Load a local checkpoint: what ``llmopt.save`` wrote, a GPTQ checkpoint, or a plain Hugging Face one.
+
+    Args:
+        directory: holds config.json and safetensors. Nothing is fetched, and no code from it is run.
+        eager: load a plain checkpoint with eager attention and experts instead of transformers' defaults.
+
+    Raises:
+        InputError: no such directory, or quantized by another method.
+        UnsupportedModelError: a model type that llmopt does not know.
+        CheckpointError: it cannot be read.
+    """
+    path = Path(directory)
+    config = read_config(path)
+    from llmopt.models import family_for
+
+    family_for(str(config.get("model_type")))
+    method = _quant_method(config)
+    if method not in (None, "gptq"):
+        raise InputError(
+            f"{path}: expected plain or GPTQ weights, got a checkpoint quantized by {method}; use the original one"
+        )
+    if method == "gptq" or (path / "llmopt.json").is_file():
+        import llmopt
+
+        return Opened(llmopt.load(path), open_tokenizer(path))
+    return Opened(_load_plain(path, eager=eager), open_tokenizer(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory; quick, for a check before anything else.
+
+    Raises:
+        InputError: no such directory.
+        CheckpointError: no config.json, or not a JSON object.
+    """
+    if not path.is_dir():
+        raise InputError.argument("model", expected="a local checkpoint directory", got=str(path))
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no config.json, so this is not a Hugging Face checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _quant_method(config: dict[str, Any]) -> str | None:
+    quantization = config.get("quantization_config")
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+
+
+def _load_plain(path: Path, *, eager: bool) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"} if eager else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path}: {reason[0]}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would go on with random weights in their place
+        raise CheckpointError(f"{path}: {len(missing)} weights are missing, first {', '.join(missing[:3])}")
+    return model.eval()
+
+
+def open_tokenizer(path: Path) -> Any | None:
+    """The tokenizer of a checkpoint directory, or None when it has no tokenizer files."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from error
+
+
+def build_shape(name: str, *, num_layers: int | None = None, seed: int = 0) -> Any:
+    """A model of a published shape with random bfloat16 weights, if it fits into memory.
+
+    Raises:
+        InputError: unknown shape, ``num_layers`` out of range, or too large for this machine.
+    """
+    from llmopt.measure import format as fmt
+    from llmopt.measure.memory import available_bytes
+    from llmopt.models import shapes
+
+    model = shapes.meta_model(name, num_layers=num_layers)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    available = available_bytes()
+    if available is not None and needed > 0.9 * available:
+        raise InputError(
+            f"shape: {name} takes {fmt.size(needed)} in bfloat16, {fmt.size(available)} of memory are available; "
+            "try --layers for the first layers only"
+        )
+    return shapes.materialize_(model, seed=seed, std=model.config.initializer_range)
+
+
+def random_tokens(model: Any, *, seed: int = 0) -> Any:
+    """Calibration rows ``[8, 128]`` for a model with random weights, which has no tokenizer and no quality to keep."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.get_text_config().vocab_size, (8, 128), generator=generator)
+
+
+def read_calibration(file: Path) -> Any:
+    """Calibration data: a .json file with a list of texts or of token-id lists, or else one UTF-8 text.
+
+    Raises:
+        CalibrationError: it cannot be read, or is not of that form.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if file.suffix == ".json" else text
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"calibration: {file}: {error}") from error
+    if file.suffix != ".json":
+        return data
+    if not isinstance(data, list) or not all(_is_text_or_ids(item) for item in data):
+        raise CalibrationError(f"calibration: {file}: expected a list of texts or of lists of token ids")
+    return data
+
+
+def _is_text_or_ids(item: object) -> bool:
+    return isinstance(item, str) or (isinstance(item, list) and all(type(token) is int for token in item))
+
+
+def select_passes(names: str | None, settings: list[str]) -> list[Any] | None:
+    """Passes by name, with options set; None leaves the choice to ``optimize``.
+
+    Args:
+        names: comma-separated, or None for all.
+        settings: ``PASS.OPTION=VALUE`` each; the value is a Python literal, or else text.
+
+    Raises:
+        InputError: unknown pass or option, or a setting that is not of that form.
+    """
+    if names is None and not settings:
+        return None
+    from llmopt.passes import PASSES
+
+    wanted = list(PASSES) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    options: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    for name in wanted:
+        if name not in PASSES:
+            raise InputError.argument("--passes", expected=" | ".join(PASSES), got=name)
+    for setting in settings:
+        target, found, value = setting.partition("=")
+        name, dot, option = target.partition(".")
+        if not found or not dot or name not in options:
+            raise InputError.argument(
+                "--set", expected=f"PASS.OPTION=VALUE, PASS one of {', '.join(options)}", got=setting
+            )
+        known = [field.name for field in dataclasses.fields(cast(Any, PASSES[name])) if field.init]
+        if option not in known:
+            raise InputError.argument(f"--set {name}", expected=f"one of {', '.join(known)}", got=option)
+        options[name][option] = _literal(value)
+    return [PASSES[name](**options[name]) for name in wanted]
+
+
+def _literal(text: str) -> Any:
+    lowered = {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
+    try:
+        return ast.literal_eval(lowered)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def read_report(file: Path) -> Report:
+    """A saved receipt.
+
+    Raises:
+        InputError: it is not one.
+    """
+    try:
+        return Report.from_json(file)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file}: not a report that llmopt wrote: {error}") from error

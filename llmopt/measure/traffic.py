@@ -1,0 +1,50 @@
+"""Bytes that one decode step must read: the yardstick against the machine's read bandwidth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from llmopt.models.base import ResolvedModel
+
+
+def weight_bytes_per_token(resolved: ResolvedModel) -> int:
+    """Bytes of weights one token reads, as the model stands now: experts by the share chosen, embeddings one row."""
+    config: Any = resolved.model.config
+    top_k = int(getattr(config, "num_experts_per_tok", 0) or 0)
+    parent, attr = resolved.parent_of_embedding()
+    embedding: nn.Module = getattr(parent, attr)
+    head: nn.Module = getattr(resolved.head.parent, resolved.head.attr)
+    experts = {id(m): m for layer in resolved.layers for m in _experts(layer)}
+    inside_experts = {t.data_ptr() for m in experts.values() for t in (*m.parameters(), *m.buffers())}
+    table = {t.data_ptr() for t in (*embedding.parameters(), *embedding.buffers())}
+    head_tensors = {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
+    total = 0.0
+    seen: set[int] = set()
+    for tensor in (*resolved.model.parameters(), *resolved.model.buffers()):
+        pointer = tensor.data_ptr()
+        if pointer in seen or (pointer in table and pointer not in head_tensors):
+            continue
+        seen.add(pointer)
+        size = tensor.numel() * tensor.element_size()
+        total += size * top_k / tensor.shape[0] if pointer in inside_experts else size
+    return int(total)
+
+
+def _experts(layer: Any) -> list[nn.Module]:
+    if layer.experts is None:
+        return []
+    return [getattr(layer.experts.parent, layer.experts.attr)]
+
+
+def kv_bytes(resolved: ResolvedModel, depth: int) -> int:
+    """Bytes of the cache that one token reads at ``depth`` (in the model's dtype)."""
+    config: Any = resolved.model.config
+    size = resolved.embedding.weight.element_size()
+    if resolved.family.attention.kind == "mla":
+        values = config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        values = 2 * config.num_key_value_heads * head_dim
+    return int(len(resolved.layers) * values * size * depth)
