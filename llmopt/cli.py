@@ -172,7 +172,7 @@ def bench(
       llmopt bench --model models/qwen3 --report-dir reports --isolated-memory
     """
     import llmopt
-    from llmopt import cli_models, cli_output
+    from llmopt import cli_output
 
     if model is None and isolated_memory:
         raise InputError("bench: --isolated-memory loads checkpoints: expected --model DIR, got --shape")
@@ -180,8 +180,6 @@ def bench(
         passes, options, calibration, measure=_level(True, measure_full), quality_budget=quality_budget, seed=seed
     )
     subject = _subject(model, shape, layers=layers, seed=seed)
-    if shape is not None and calibration is None:
-        settings["calibration"] = cli_models.random_tokens(subject, seed=seed)
     with cli_output.progress() as on_event:
         subject = llmopt.optimize(subject, on_event=on_event, **settings)
     report = llmopt.report(subject)

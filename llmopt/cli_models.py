@@ -24,7 +24,7 @@ def open_model(directory: str | Path, *, eager: bool = False) -> Opened:
 
     Args:
         directory: holds config.json and safetensors. Nothing is fetched, and no code from it is run.
-        eager: load a plain checkpoint with eager attention and experts instead of transformers' defaults.
+        eager: load a plain checkpoint as the baseline is: by transformers, with eager attention and experts.
 
     Raises:
         InputError: no such directory, or quantized by another method.
@@ -41,11 +41,11 @@ def open_model(directory: str | Path, *, eager: bool = False) -> Opened:
         raise InputError(
             f"{path}: expected plain or GPTQ weights, got a checkpoint quantized by {method}; use the original one"
         )
-    if method == "gptq" or (path / "llmopt.json").is_file():
-        import llmopt
+    if eager and method is None:
+        return Opened(_load_plain_eager(path), open_tokenizer(path))
+    import llmopt
 
-        return Opened(llmopt.load(path), open_tokenizer(path))
-    return Opened(_load_plain(path, eager=eager), open_tokenizer(path))
+    return Opened(llmopt.load(path).eval(), open_tokenizer(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -74,15 +74,14 @@ def _quant_method(config: dict[str, Any]) -> str | None:
     return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
-def _load_plain(path: Path, *, eager: bool) -> Any:
+def _load_plain_eager(path: Path) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    options = {"attn_implementation": "eager", "experts_implementation": "eager"} if eager else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True, **options,
+            output_loading_info=True, attn_implementation="eager", experts_implementation="eager",
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -125,14 +124,6 @@ def build_shape(name: str, *, num_layers: int | None = None, seed: int = 0) -> A
             "try --layers for the first layers only"
         )
     return shapes.materialize_(model, seed=seed, std=model.config.initializer_range)
-
-
-def random_tokens(model: Any, *, seed: int = 0) -> Any:
-    """Calibration rows ``[8, 128]`` for a model with random weights, which has no tokenizer and no quality to keep."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.get_text_config().vocab_size, (8, 128), generator=generator)
 
 
 def read_calibration(file: Path) -> Any:

@@ -21,7 +21,7 @@ namespace llmopt {
 namespace {
 
 constexpr int64_t kPage = 4096;
-constexpr int64_t kReadChunk = 256 * kPage;
+constexpr int64_t kReadChunk = 2048 * kPage;
 
 double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

@@ -8,7 +8,8 @@ namespace llmopt {
 // Loops of one instruction set. The compute loops run `steps` rounds and return the number of operations done (a
 // multiply-add counts as two); a null pointer means that the instruction set has no such instruction.
 struct CeilingLoops {
-  uint64_t (*read)(const uint8_t* data, int64_t bytes);  // sums the bytes in some way; bytes is a multiple of 4096
+  // sums the bytes in some way; bytes is a multiple of 4096. Two streams at once: one leaves a tenth of the rate unused
+  uint64_t (*read)(const uint8_t* data, int64_t bytes);
   double (*dot_int8)(int64_t steps);                     // unsigned x signed bytes into int32
   double (*dot_bf16)(int64_t steps);                     // bf16 pairs into float32
   double (*fma_fp32)(int64_t steps);

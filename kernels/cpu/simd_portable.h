@@ -83,6 +83,12 @@ inline F32x16 load_bf16_n(const uint16_t* p, int n) {
   return each<F32x16>([&](int i) { return i < n ? bits_to_f32(static_cast<uint32_t>(p[i]) << 16) : 0.0f; });
 }
 inline F32x16 load_bf16(const uint16_t* p) { return load_bf16_n(p, 16); }
+inline void load_bf16_pairs(const uint16_t* p, F32x16& even, F32x16& odd) {
+  for (int i = 0; i < 16; ++i) {
+    even.v[i] = bits_to_f32(static_cast<uint32_t>(p[2 * i]) << 16);
+    odd.v[i] = bits_to_f32(static_cast<uint32_t>(p[2 * i + 1]) << 16);
+  }
+}
 inline F32x16 load_f16_n(const uint16_t* p, int n) {
   return each<F32x16>([&](int i) { return i < n ? f16_to_f32(p[i]) : 0.0f; });
 }

@@ -1,7 +1,7 @@
 """``llmopt.json``: what a checkpoint written by llmopt says about itself beyond the standard files.
 
-Which passes were active with which options, library versions, the receipt, hashes of the weight files, and how the head and
-the embedding, which lie unquantized in the standard files, are quantized again on load.
+Which passes were active with which options, library versions, the receipt, hashes of the weight files, and how the head
+and the embedding, which lie unquantized in the standard files, are quantized again on load.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 import llmopt
 from llmopt.checkpoint.safety import has, read_json
 from llmopt.errors import CheckpointError
+from llmopt.models.base import FLOAT_DTYPES
 from llmopt.ops.int4_linear.layout import KERNEL_GROUPS
 
 MANIFEST = "llmopt.json"
 SCALES = "llmopt.scales"  # safetensors; named so that nobody takes it for a shard
 FORMAT_VERSION = 1
 _GROUP_SIZES = (*KERNEL_GROUPS, -1)
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
 _LIBRARIES = ("torch", "transformers", "safetensors", "apache-tvm-ffi")
 
 
@@ -51,7 +53,7 @@ class FileRecord:
 class Manifest:
     """The contents of ``llmopt.json``."""
 
-    passes: list[dict[str, Any]] = field(default_factory=list)  # {"name", "options"}, in run order
+    passes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> options, in run order
     requantized: dict[str, Requantized] = field(default_factory=dict)  # by module name
     weights: dict[str, FileRecord] = field(default_factory=dict)  # every file that holds tensors
     files: list[str] = field(default_factory=list)  # every file of the checkpoint but this one
@@ -93,7 +95,7 @@ def read_manifest(root: Path) -> Manifest | None:
     if report is not None and not isinstance(report, dict):
         raise CheckpointError(f"{path}: report: expected an object or null, got {type(report).__name__}")
     return Manifest(
-        passes=[_pass(path, item) for item in _typed(path, data, "passes", list)],
+        passes={name: _options(path, name, item) for name, item in _typed(path, data, "passes", dict).items()},
         requantized={
             name: _requantized(path, name, item) for name, item in _typed(path, data, "requantized", dict).items()
         },
@@ -112,10 +114,10 @@ def _typed(path: Path, data: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
-def _pass(path: Path, item: Any) -> dict[str, Any]:
+def _options(path: Path, name: str, item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise CheckpointError(f"{path}: passes: expected objects with name and options, got {item!r:.80}")
-    return {"name": _typed(path, item, "name", str), "options": _typed(path, item, "options", dict)}
+        raise CheckpointError(f"{path}: passes: {name}: expected an object of options, got {item!r:.80}")
+    return item
 
 
 def _name(path: Path, item: Any) -> str:
@@ -142,6 +144,8 @@ def _requantized(path: Path, name: str, item: Any) -> Requantized:
         raise CheckpointError(f"{where}: kind: expected 'linear' or 'embedding', got {record.kind!r}")
     if record.bits not in (4, 8) or (record.bits == 8 and record.asymmetric):
         raise CheckpointError(f"{where}: bits: expected 4, or 8 and symmetric, got {record.bits}")
+    if record.kind == "embedding" and record.dtype not in _DTYPES:
+        raise CheckpointError(f"{where}: dtype: expected one of {', '.join(_DTYPES)}, got {record.dtype!r}")
     if record.group_size not in _GROUP_SIZES:
         raise CheckpointError(f"{where}: group_size: expected one of {_GROUP_SIZES}, got {record.group_size}")
     return record

@@ -1,8 +1,8 @@
 """``quantization_config``: what a GPTQ checkpoint says about its quantized linears, read and written.
 
-Keys as AutoGPTQ, GPTQModel, transformers and vLLM use them. ``dynamic`` holds name patterns: ``-:`` not quantized, ``+:`` with
-settings of its own. Patterns are written, never evaluated: which modules are quantized, and how, shows in the tensors, and
-a regular expression from an untrusted file can take forever.
+Keys as AutoGPTQ, GPTQModel, transformers and vLLM use them. ``dynamic`` holds name patterns: ``-:`` not quantized,
+``+:`` with settings of its own. Patterns are written, never evaluated: which modules are quantized, and how, shows in
+the tensors, and a regular expression from an untrusted file can take forever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import llmopt
@@ -23,6 +22,7 @@ from llmopt.ops.int4_linear.layout import KERNEL_GROUPS
 LEGACY_CONFIG = "quantize_config.json"  # AutoGPTQ's own file, before transformers knew the format
 _LARGEST_GROUP = 128  # of the kernels; a larger group is read as several of this size with the same scale
 _MAX_GROUP = 2**20
+_LAYER = re.compile(r"\\?\.\d+\\?\.")  # also in an escaped name
 _FORMATS = ("gptq", "gptq_v2")
 
 
@@ -110,7 +110,7 @@ def quantization_config(
         v2: zero points are stored as they are.
     """
     base = Counter(modules.values()).most_common(1)[0][0]
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in left_out}
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{p}$": {} for p in _patterns(left_out, modules)}
     for name, module in modules.items():
         if module != base:
             dynamic[f"+:^{re.escape(name)}$"] = {
@@ -125,6 +125,16 @@ def quantization_config(
     if dynamic:
         config["dynamic"] = dynamic
     return config
+
+
+def _patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Regular expressions for the names: one for all layers where that catches none of the others."""
+    taken = {_LAYER.sub(".N.", name) for name in others}
+    found = dict.fromkeys(
+        re.escape(name) if _LAYER.sub(".N.", name) in taken else _LAYER.sub(r"\.\\d+\.", re.escape(name))
+        for name in names
+    )
+    return list(found)
 
 
 def _is_group_size(value: Any) -> bool:

@@ -1,9 +1,9 @@
 """Checks on a checkpoint directory before any of it is trusted.
 
-Nothing is executed and nothing outside the directory is read: ``auto_map`` and its kind are dropped, pickles are refused,
-and every file's real path must lie in the directory's real path. One exception: in a Hugging Face cache the files of
-``models--X/snapshots/REVISION`` are symbolic links into ``models--X/blobs``, and those are followed. Hard links are
-allowed: making one needs write access to the directory, and download tools use them.
+Nothing is executed and nothing outside the directory is read: pickles are refused, and every file's real path must lie
+in the directory's real path. One exception: in a Hugging Face cache the files of ``models--X/snapshots/REVISION`` are
+symbolic links into ``models--X/blobs``, and those are followed. Hard links are allowed: making one needs write access
+to the directory, and download tools use them.
 """
 
 from __future__ import annotations
@@ -120,15 +120,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _open_shards(root: Path, shards: list[Shard]) -> dict[str, Shard]:
-    if has(root, SINGLE):
-        names, weight_map, index = [SINGLE], {}, ""
+    index = None if has(root, SINGLE) else _index_name(root)
+    weight_map = {} if index is None else _weight_map(root, index)
+    if index is not None:
+        names = sorted(set(weight_map.values()))
     else:
-        index = _index_name(root)
-        if index is None:
-            names, weight_map, index = [_only_safetensors(root)], {}, ""
-        else:
-            weight_map = _weight_map(root, index)
-            names = sorted(set(weight_map.values()))
+        names = [SINGLE if has(root, SINGLE) else _only_safetensors(root)]
     # all paths before the first file is opened: a bad entry must not depend on its place in the index
     paths = [contained(root, name) for name in names]
     owner: dict[str, Shard] = {}
@@ -145,7 +142,7 @@ def _open_shards(root: Path, shards: list[Shard]) -> dict[str, Shard]:
             raise CheckpointError(f"{root}: expected at most {MAX_TENSORS} tensors in all, got more")
     for tensor, name in weight_map.items():
         if tensor not in by_name[name]:
-            raise CheckpointError(f"{root / index}: weight_map: {tensor}: is not in {name}")
+            raise CheckpointError(f"{root}: {index}: weight_map: {tensor}: is not in {name}")
     return owner
 
 
@@ -162,7 +159,8 @@ def _weight_map(root: Path, index: str) -> dict[str, str]:
     weight_map = read_json(root, index).get("weight_map")
     where = f"{root / index}: weight_map"
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: expected an object of tensor names and file names, got {type(weight_map).__name__}")
+        kind = type(weight_map).__name__
+        raise CheckpointError(f"{where}: expected an object of tensor names and file names, got {kind}")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise CheckpointError(f"{where}: {tensor}: expected the name of a .safetensors file, got {name!r}")

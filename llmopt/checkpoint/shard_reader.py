@@ -93,7 +93,7 @@ class Shard:
 
     def _load(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
         raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        self._read_into(memoryview(raw.numpy()), offset, name)
+        self._read_into(raw.numpy().data, offset, name)
         return raw.view(dtype).reshape(shape)
 
     def _read_into(self, target: memoryview, offset: int, what: str) -> None:

@@ -106,7 +106,7 @@ def _stream(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
         written = 0
         for block in entry.blocks():
             assert block.dtype == entry.dtype, f"{entry.name}: planned {entry.dtype}, made {block.dtype}"
-            data = memoryview(block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             written += len(data)
             yield data
         assert written == entry.nbytes, f"{entry.name}: planned {entry.nbytes} bytes, made {written}"

@@ -1,7 +1,7 @@
 """From ``config.json`` to a model without weights, on the meta device.
 
-The config is untrusted. Keys that choose code are dropped, numbers are checked before any module is built from them, and
-the class comes from the family's ``model_type`` alone.
+The config is untrusted. Keys that choose code are dropped, numbers are checked before any module is built from them,
+and the class comes from the family's ``model_type`` alone.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def fill_computed_buffers(resolved: ResolvedModel, device: torch.device) -> None
         CheckpointError: the rope settings of the config cannot be used.
     """
     rotary = resolved.model.get_submodule(resolved.family.rotary)
-    config = resolved.model.config
+    config: Any = resolved.model.config
     try:
         with torch.device(device):
             fresh = type(rotary)(config=config)

@@ -206,8 +206,8 @@ def _make_room(axes: Axes, longest: float, ends: list[tuple[float, Any]]) -> Non
 
 def _draw_words(figure: Figure, report: Report, height: float) -> None:
     left = 0.012
-    name = str(report.model.get("name") or report.model.get("model_type") or "model")
-    figure.text(left, 1 - 0.3 / height, f"{name}{_claim(report)}", fontsize=14, fontweight="bold", va="center")
+    claim = f"{summary.model_name(report)}{_claim(report)}"
+    figure.text(left, 1 - 0.3 / height, claim, fontsize=14, fontweight="bold", va="center")
     conditions = [summary.machine(report), summary.software(report)]
     figure.text(left, 1 - 0.58 / height, "   ".join(conditions), fontsize=8.5, color=_FAINT, va="center")
     notes = [summary.time_caption(report)]
@@ -216,7 +216,7 @@ def _draw_words(figure: Figure, report: Report, height: float) -> None:
         notes.append(f"pale bar: what the measured read bandwidth, {limit} GB/s, would allow")
     notes += [f"{row.name} not applicable: {row.reason}" for row in report.passes if row.verdict == "not applicable"]
     notes += report.notes
-    if report.model.get("random_weights"):
+    if report.model.get("random_weights") and not any("random weights" in note for note in notes):
         notes.append("random weights: no quality figures")
     footer = textwrap.shorten("; ".join(dict.fromkeys(note for note in notes if note)), 330, placeholder=" ...")
     lines = "\n".join(textwrap.wrap(footer, 190))

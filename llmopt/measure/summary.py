@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmopt.measure import format as fmt
@@ -44,10 +45,16 @@ class CostRow:
     repaid: str = fmt.NONE
 
 
+def model_name(report: Report) -> str:
+    """Name of the model; of a path, the last part."""
+    name = str(report.model.get("name") or report.model.get("model_type") or "model")
+    return Path(name).name or name if name.startswith(("/", "./", "../", "~")) else name
+
+
 def title(report: Report) -> str:
     """``Qwen3-0.6B · qwen3 · 596 M parameters · bfloat16 · 1.19 GB``"""
     model = report.model
-    parts = [str(model.get("name") or model.get("model_type") or "model")]
+    parts = [model_name(report)]
     if model.get("model_type") and model["model_type"] != parts[0]:
         parts.append(str(model["model_type"]))
     if model.get("parameters"):
@@ -249,6 +256,14 @@ def time_caption(report: Report) -> str:
     )
 
 
+def memory_caption(report: Report) -> str:
+    """What the peak RSS column is of."""
+    memories = [report.baseline_memory, *(row.memory for row in report.passes)]
+    hows = dict.fromkeys(m.peak_rss_how for m in memories if m is not None and m.peak_rss is not None)
+    texts = [how for how in hows if how]
+    return f"peak RSS: {'; '.join(texts)}" if texts else ""
+
+
 def ceilings_line(report: Report) -> str:
     """``read 17.4 GB/s [..], int8 0.62 TOP/s [..] on 2 threads``"""
     ceilings = report.ceilings
@@ -322,7 +337,7 @@ def compare_rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
 
 def _names(reports: Sequence[Report]) -> list[str]:
     """Names of the models, numbered where two have the same."""
-    names = [str(report.model.get("name") or report.model.get("model_type") or "model") for report in reports]
+    names = [model_name(report) for report in reports]
     return [f"{name} #{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 

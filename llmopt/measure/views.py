@@ -47,6 +47,7 @@ def print_terminal(report: Report, console: Console | None = None) -> None:
     if costs:
         console.print()
         console.print(_cost_table(costs))
+        _say(console, summary.memory_caption(report), style="dim")
     _print_details(console, report)
 
 
@@ -184,7 +185,7 @@ def markdown(report: Report) -> str:
     costs = summary.cost_rows(report)
     if costs:
         table = [(row.name, row.verdict, *_cost_cells(row)) for row in costs]
-        parts.append(_markdown_table(("stage", "verdict", *_COST_HEADINGS), table))
+        parts += [_markdown_table(("stage", "verdict", *_COST_HEADINGS), table), summary.memory_caption(report)]
     for row in report.passes:
         lines = summary.pass_lines(row)
         if lines:

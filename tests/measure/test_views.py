@@ -84,6 +84,20 @@ def test_non_finite_modules_are_named(full_report: Report) -> None:
     assert line_with(views.text(full_report), "NaN or Inf").split()[-1] == "model.layers.3.mlp"
 
 
+def test_a_path_is_shown_by_its_last_part(full_report: Report) -> None:
+    full_report.model["name"] = "/home/someone/models/tiny-qwen3"
+    assert views.text(full_report).startswith("tiny-qwen3 · qwen3")
+    full_report.model["name"] = "Qwen/Qwen3-0.6B"
+    assert views.text(full_report).startswith("Qwen/Qwen3-0.6B · qwen3")
+
+
+def test_peak_memory_says_how_it_was_measured(full_report: Report) -> None:
+    assert full_report.baseline_memory is not None
+    full_report.baseline_memory.peak_rss_how = "a process of its own"
+    for view in (views.text(full_report), views.markdown(full_report)):
+        assert "peak RSS: a process of its own" in view
+
+
 def test_markdown_tables_are_rectangular_and_have_one_row_a_stage(full_report: Report) -> None:
     rows = table_rows(views.markdown(full_report))
     times, costs = [r for r in rows if len(r) == 11], [r for r in rows if len(r) == 9]

@@ -3,23 +3,29 @@
 
 #include <immintrin.h>
 
+#include <initializer_list>
+
 namespace llmopt {
 namespace {
 
 uint64_t read(const uint8_t* data, int64_t bytes) {
-  __m256i sum[8];
+  __m256i sum[4];
   for (__m256i& s : sum) s = _mm256_setzero_si256();
-  for (int64_t i = 0; i < bytes; i += 256) {
-    _mm_prefetch(reinterpret_cast<const char*>(data + i + 2048), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(data + i + 2048 + 128), _MM_HINT_T0);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      sum[j] = _mm256_add_epi64(sum[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
+  const int64_t half = bytes / 2;
+  for (int64_t i = 0; i < half; i += 128) {
+    for (const uint8_t* stream : {data + i, data + half + i}) {
+      _mm_prefetch(reinterpret_cast<const char*>(stream + 2048), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(stream + 2048 + 64), _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        sum[j] = _mm256_add_epi64(sum[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stream + 32 * j)));
+      }
     }
   }
-  for (int j = 1; j < 8; ++j) sum[0] = _mm256_add_epi64(sum[0], sum[j]);
-  return static_cast<uint64_t>(_mm256_extract_epi64(sum[0], 0) + _mm256_extract_epi64(sum[0], 1) +
-                               _mm256_extract_epi64(sum[0], 2) + _mm256_extract_epi64(sum[0], 3));
+  alignas(32) uint64_t lanes[4];
+  const __m256i all = _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3]));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), all);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
 }
 
 // vpmaddubsw, summed in int16 as long as 4-bit weights allow it (8 products), then widened by vpmaddwd: the cheapest

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <initializer_list>
+
 namespace llmopt {
 namespace {
 
@@ -11,11 +13,14 @@ constexpr int kChains = 16, kUnroll = 4;
 uint64_t read(const uint8_t* data, int64_t bytes) {
   __m512i sum[4];
   for (__m512i& s : sum) s = _mm512_setzero_si512();
-  for (int64_t i = 0; i < bytes; i += 256) {
+  const int64_t half = bytes / 2;
+  for (int64_t i = 0; i < half; i += 256) {
+    for (const uint8_t* stream : {data + i, data + half + i}) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      _mm_prefetch(reinterpret_cast<const char*>(data + i + 2048 + 64 * j), _MM_HINT_T0);
-      sum[j] = _mm512_add_epi64(sum[j], _mm512_loadu_si512(data + i + 64 * j));
+      for (int j = 0; j < 4; ++j) {
+        _mm_prefetch(reinterpret_cast<const char*>(stream + 2048 + 64 * j), _MM_HINT_T0);
+        sum[j] = _mm512_add_epi64(sum[j], _mm512_loadu_si512(stream + 64 * j));
+      }
     }
   }
   alignas(64) uint64_t lanes[8];

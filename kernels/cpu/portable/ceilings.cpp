@@ -6,9 +6,10 @@ namespace {
 
 uint64_t read(const uint8_t* data, int64_t bytes) {
   const uint64_t* words = reinterpret_cast<const uint64_t*>(data);
+  const int64_t half = bytes / 16;
   uint64_t sum[8] = {};
-  for (int64_t i = 0; i < bytes / 8; i += 8) {
-    for (int j = 0; j < 8; ++j) sum[j] += words[i + j];
+  for (int64_t i = 0; i < half; i += 8) {
+    for (int j = 0; j < 8; ++j) sum[j] += words[i + j] + words[half + i + j];
   }
   return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }

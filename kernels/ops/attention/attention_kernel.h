@@ -20,7 +20,8 @@ template <int kDType>
 class Attention {
  public:
   Attention(const AttentionParams& params, const AttentionJob& job, float* scratch)
-      : p_(params), job_(job), layout_(params, job.row_end - job.row_begin), rows_(job.row_end - job.row_begin) {
+      : p_(params), job_(job), layout_(params, job.row_end - job.row_begin), rows_(job.row_end - job.row_begin),
+        packed_(rows_ >= kPackRows) {
     query_ = scratch + layout_.query;
     scores_ = scratch + layout_.scores;
     acc_ = scratch + layout_.acc;
@@ -39,17 +40,16 @@ class Attention {
     start();
     const int64_t first = std::max<int64_t>(job_.key_begin, low_[0]);
     const int64_t last = std::min<int64_t>(job_.key_end, high_[rows_ - 1]);
-    const bool packed = rows_ >= kPackRows;
     for (int64_t key = first; key < last; key += kTileKeys) {
       const int64_t n = std::min(kTileKeys, last - key);
       if (!any_visible(key, n)) continue;
-      if (packed) {
+      if (packed_) {
         scores_packed(key, n);
       } else {
         scores_direct(key, n);
       }
       for (int64_t r = 0; r < rows_; ++r) soften(r, key, n);
-      if (packed) {
+      if (packed_) {
         values_packed(key, n);
       } else {
         values_direct(key, n);
@@ -121,7 +121,16 @@ class Attention {
   void load_query(const void* q, const Strides& s, int64_t dim, int64_t head, int64_t position, float* out) {
     const void* in = element<kDType>(q, job_.b * s.b + head * s.h + position * s.t);
     const F32x16 scale = set1(p_.scale * 1.44269504f);
-    for (int64_t d = 0; d < dim; d += 16)
+    int64_t d = 0;
+    if (kPairs<kDType> && !packed_) {
+      for (; d + 32 <= dim; d += 32) {
+        F32x16 even, odd;
+        load_bf16_pairs(static_cast<const uint16_t*>(in) + d, even, odd);
+        store(out + d, mul(scale, even));
+        store(out + d + 16, mul(scale, odd));
+      }
+    }
+    for (; d < dim; d += 16)
       store(out + d, mul(scale, load_as_n<kDType>(in, d, static_cast<int>(std::min<int64_t>(16, dim - d)))));
   }
 
@@ -167,19 +176,22 @@ class Attention {
     }
   }
 
+  // sixteen keys at a time, all rows: the keys stay in L1, and the prefetches spread evenly over the work
   void scores_direct(int64_t key, int64_t n) {
-    int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) score_rows<4, kBlockVecs == 4 ? 4 : 1>(r, key, n);
-    for (; r + 2 <= rows_; r += 2) score_rows<2, kBlockVecs == 4 ? 8 : 2>(r, key, n);
-    for (; r < rows_; ++r) score_rows<1, kBlockVecs == 4 ? 8 : 4>(r, key, n);
+    for (int64_t j = 0; j < n; j += 16) {
+      int64_t r = 0;
+      for (; r + 4 <= rows_; r += 4) score_rows<4, kBlockVecs == 4 ? 4 : 1>(r, key, j, n);
+      for (; r + 2 <= rows_; r += 2) score_rows<2, kBlockVecs == 4 ? 8 : 2>(r, key, j, n);
+      for (; r < rows_; ++r) score_rows<1, kBlockVecs == 4 ? 8 : 4>(r, key, j, n);
+    }
   }
 
-  // scores of R rows, 16 sums at a time: C keys together, as many groups of them as give 16
+  // scores of R rows and keys [j, j + 16) of the tile, 16 sums at a time: C keys together, as often as gives 16
   template <int R, int C>
-  void score_rows(int64_t r, int64_t key, int64_t n) {
-    constexpr int kGroups = 16 / (R * C), kStep = C * kGroups;
+  void score_rows(int64_t r, int64_t key, int64_t j, int64_t n) {
+    constexpr int kGroups = 16 / (R * C);
     const float* q = query_ + r * layout_.query_stride;
-    for (int64_t j = 0; j < n; j += kStep) {
+    for (int64_t end = j + 16; j < end; j += C * kGroups) {
       F32x16 acc[16];
 #pragma GCC unroll 16
       for (int g = 0; g < kGroups; ++g) {
@@ -192,7 +204,7 @@ class Attention {
         if (p_.k_rope) {
           for (int c = 0; c < C; ++c) k[c] = key_rope_at(key + std::min<int64_t>(n - 1, j + g * C + c));
           dots<R, C, kDType>(q + round_up(p_.dim, 16), layout_.query_stride, k, p_.dim_rope,
-                                AHEAD * p_.k_rope_stride.t, acc + g * R * C);
+                             AHEAD * p_.k_rope_stride.t, acc + g * R * C);
         }
       }
       float sums[16];
@@ -205,8 +217,11 @@ class Attention {
 
   void values_direct(int64_t key, int64_t n) {
     int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) add_values<4, kBlockVecs>(r, key, n);
-    for (; r + 2 <= rows_; r += 2) add_values<2, 2 * kBlockVecs>(r, key, n);
+    if constexpr (kBlockVecs == 4) {
+      for (; r + 8 <= rows_; r += 8) add_values<8, 2>(r, key, n);
+      for (; r + 4 <= rows_; r += 4) add_values<4, 4>(r, key, n);
+    }
+    for (; r + 2 <= rows_; r += 2) add_values<2, kBlockVecs == 4 ? 8 : 2>(r, key, n);
     for (; r < rows_; ++r) add_values<1, kBlockVecs == 4 ? 8 : 4>(r, key, n);
   }
   template <int R, int V>
@@ -254,6 +269,10 @@ class Attention {
 
   void finish(int64_t r) {
     const int64_t width = layout_.value_stride;
+    if (kPairs<kDType> && !packed_) {
+      std::copy(acc_ + r * width, acc_ + (r + 1) * width, values_);
+      restore_order(values_, p_.dim_v, acc_ + r * width);
+    }
     if (!job_.partial) return write(job_.row_begin + r, acc_ + r * width, sum_[r]);
     job_.partial[r] = max_[r];
     job_.partial[rows_ + r] = sum_[r];
@@ -324,6 +343,7 @@ class Attention {
   const AttentionJob& job_;
   const AttentionLayout layout_;
   const int64_t rows_;
+  const bool packed_;
   float *query_, *scores_, *acc_, *keys_, *values_, *max_, *sum_, *keep_;
   int32_t *low_, *high_, *position_;
 };

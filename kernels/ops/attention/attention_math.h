@@ -18,6 +18,11 @@ inline const void* element(const void* base, int64_t i) {
 
 #ifndef AHEAD
 #define AHEAD 16
+#endif
+#ifndef VAHEAD
+#define VAHEAD 64
+#endif
+#ifndef LOCALITY
 #define LOCALITY 2
 #endif
 // Asks for the line that holds element i. Keys and values come in short runs of two streams, which the hardware's own
@@ -47,6 +52,21 @@ inline float exp2_weight(float x) {
   return t[0];
 }
 
+// Rows that are read where they lie come, in bfloat16, 32 values at a time as even and odd ones; what is left below 32
+// comes in order. `in` and `out` may not overlap.
+template <int kDType>
+constexpr bool kPairs = kDType == 1;
+inline void restore_order(const float* in, int64_t dim, float* out) {
+  int64_t d = 0;
+  for (; d + 32 <= dim; d += 32) {
+    for (int i = 0; i < 16; ++i) {
+      out[d + 2 * i] = in[d + i];
+      out[d + 2 * i + 1] = in[d + 16 + i];
+    }
+  }
+  std::copy(in + d, in + round_up(dim, 16), out + d);
+}
+
 // c[R, 16 V] = keep[r] * c[r] + a[R, k] @ b[k, 16 V]; keep == nullptr starts from zero. `lanes` < 16 only with V == 1.
 // kStream: b comes from memory, and the rows after it are wanted next.
 template <int R, int V, int kDType, bool kStream>
@@ -60,12 +80,18 @@ inline void product_block(const float* a, int64_t lda, const void* b, int64_t ld
   }
   for (int64_t j = 0; j < k; ++j) {
     F32x16 x[V];
+    if constexpr (kStream && kPairs<kDType> && V > 1) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      x[v] = V == 1 && lanes < 16 ? load_as_n<kDType>(b, j * ldb, lanes) : load_as<kDType>(b, j * ldb + 16 * v);
+      for (int v = 0; v < V; v += 2)
+        load_bf16_pairs(static_cast<const uint16_t*>(b) + j * ldb + 16 * v, x[v], x[v + 1]);
+    } else {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        x[v] = V == 1 && lanes < 16 ? load_as_n<kDType>(b, j * ldb, lanes) : load_as<kDType>(b, j * ldb + 16 * v);
+    }
     if constexpr (kStream) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + AHEAD) * ldb + 16 * v);
+      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + VAHEAD) * ldb + 16 * v);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -108,23 +134,43 @@ inline void product_rows(int rows, const float* a, int64_t lda, const float* b, 
   }
 }
 
-// acc[r * C + c] += q[r] . k[c] over `dim` elements; q is padded with zeros to whole vectors
+// acc[r * C + c] += q[r] . k[c] over `dim` elements, q in the order in which k comes (see kPairs), padded with zeros to
+// whole vectors. Prefetches what lies `ahead` elements on.
 template <int R, int C, int kDType>
 inline void dots(const float* q, int64_t ldq, const void* const (&k)[C], int64_t dim, int64_t ahead, F32x16* acc) {
   F32x16 sum[R * C];
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) sum[i] = acc[i];
-  for (int64_t d = 0; d < dim; d += 16) {
+  int64_t d = 0;
+  if constexpr (kPairs<kDType>) {
+    for (; d + 32 <= dim; d += 32) {
+      F32x16 even[C], odd[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        load_bf16_pairs(static_cast<const uint16_t*>(k[c]) + d, even[c], odd[c]);
+        prefetch<kDType>(k[c], d + ahead);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const F32x16 x = load(q + r * ldq + d), y = load(q + r * ldq + d + 16);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) sum[r * C + c] = fmadd(y, odd[c], fmadd(x, even[c], sum[r * C + c]));
+      }
+    }
+  }
+  for (; d < dim; d += 16) {
     const int lanes = static_cast<int>(std::min<int64_t>(16, dim - d));
-    F32x16 x[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) x[r] = load(q + r * ldq + d);
+    F32x16 x[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      const F32x16 y = lanes == 16 ? load_as<kDType>(k[c], d) : load_as_n<kDType>(k[c], d, lanes);
+      x[c] = lanes == 16 ? load_as<kDType>(k[c], d) : load_as_n<kDType>(k[c], d, lanes);
       if (kDType == 0 || d % 32 == 0) prefetch<kDType>(k[c], d + ahead);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r * C + c] = fmadd(x[r], y, sum[r * C + c]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F32x16 y = load(q + r * ldq + d);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[r * C + c] = fmadd(y, x[c], sum[r * C + c]);
     }
   }
 #pragma GCC unroll 16

@@ -1,4 +1,4 @@
-"""Rounding weights to codes: the grids, the scale search, and plain round-to-nearest.
+"""Rounding weights to codes: the grid, and plain round-to-nearest.
 
 Letters: b batch (experts), N rows, K columns, g columns of one group.
 """
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-# candidate scales as shares of the one that just covers the largest weight
-_SHRINKS = torch.linspace(1.0, 0.45, 45)
-
+from llmopt.ops.gptq_round import search_scales
+from llmopt.ops.gptq_round.reference import to_codes, to_float16_grid
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -27,52 +26,6 @@ class Grid:
     @property
     def middle(self) -> int:
         return 2 ** (self.bits - 1)
-
-
-def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
-    """Nearest code of each weight, as float."""
-    return (w / scale + zero).round_().clamp_(0, top)
-
-
-def search_scales(w: torch.Tensor, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero of one group by weighted mean squared error.
-
-    Args:
-        w: ``[b, N, g]`` float32.
-        weight: ``[b, 1, g]`` importance of each column.
-        grid: the codes.
-
-    Returns:
-        ``(scale, zero)``, each ``[b, N, 1]`` float32; the scale is representable in float16 and never 0.
-    """
-    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-    if grid.symmetric:
-        reach = torch.maximum(-low, high)
-        candidates = [(reach * s * sign) / (grid.top / 2) for s in _SHRINKS.tolist() for sign in (1.0, -1.0)]
-        zero = torch.full_like(low, float(grid.middle))
-        zeros = [zero] * len(candidates)
-    else:
-        candidates = [(high - low) * s / grid.top for s in _SHRINKS.tolist()]
-        zeros = [(-low * s / c.clamp(min=1e-30)).round_().clamp_(0, grid.top) for s, c in
-                 zip(_SHRINKS.tolist(), candidates, strict=True)]  # fmt: skip
-    best_scale = torch.ones_like(low)
-    best_zero = zeros[0].clone()
-    best_error = torch.full_like(low, torch.inf)
-    for candidate, zero in zip(candidates, zeros, strict=True):
-        scale = to_float16_grid(candidate)
-        error = ((to_codes(w, scale, zero, grid.top) - zero) * scale - w).square_().mul_(weight).sum(-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
-
-
-def to_float16_grid(scale: torch.Tensor) -> torch.Tensor:
-    """Round to what the checkpoint can store; a group of zeros (or of values below float16) gets the smallest scale."""
-    stored = scale.to(torch.float16).float()
-    tiny = 2.0**-24
-    return torch.where(stored == 0, torch.full_like(stored, tiny), stored)
 
 
 def round_to_nearest(
@@ -96,7 +49,9 @@ def round_to_nearest(
     for start in range(0, k, size):
         block = flat[..., start : start + size]
         if search:
-            scale, zero = search_scales(block, torch.ones_like(block[:, :1]), grid)
+            weight = torch.ones(block.shape[0], block.shape[2])
+            found = search_scales(block, weight, bits=grid.bits, symmetric=grid.symmetric)
+            scale, zero = found[0][..., None], found[1][..., None]
         else:
             scale, zero = _covering(block, grid)
         codes.append(to_codes(block, scale, zero, grid.top).to(torch.uint8))

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from llmopt.errors import QuantizationError
-from llmopt.passes.quantize_gptq.rounding import Grid, search_scales, to_codes
+from llmopt.ops.gptq_round import round_span, search_scales
+from llmopt.passes.quantize_gptq.rounding import Grid
 
 # columns rounded between two updates of everything that follows; also the paper's
 _BLOCK = 128
@@ -130,32 +131,30 @@ def _round_columns(
     size = k if group_size == -1 else group_size
     groups = order // size
     num_groups = -(-k // size)
-    importance = torch.diagonal(u, dim1=1, dim2=2).pow(-2)[:, None, :]
+    importance = torch.diagonal(u, dim1=1, dim2=2).pow(-2)
     q = torch.empty_like(w)
     scales, zeros = torch.empty(batch, n, num_groups), torch.empty(batch, n, num_groups)
     for start, end in _spans(groups, size, k):
         # experts of a batch visit their groups in different orders, and a short last group comes at different places:
         # spans are cut so that within one all members stay inside one group each
         group = groups[:, start]
-        if start == 0 or bool((groups[:, start - 1] != group).any()):
+        fresh = groups[:, start - 1] != group if start else torch.ones(batch, dtype=torch.bool)
+        if fresh.any():
             last = min(start + size, k)
-            in_group = (groups[:, start:last] == group[:, None])[:, None, :]
-            scale, zero = search_scales(
-                w[:, :, start:last] * in_group, importance[:, :, start:last] * in_group, grid
-            )
-            fresh = (groups[:, start - 1] != group) if start else torch.ones(batch, dtype=torch.bool)
-            _put(scales, scale, group, fresh)
-            _put(zeros, zero, group, fresh)
+            inside = groups[:, start:last] == group[:, None]
+            found = search_scales(
+                w[:, :, start:last] * inside[:, None, :], importance[:, start:last] * inside, bits=grid.bits,
+                symmetric=grid.symmetric,
+            )  # fmt: skip
+            for b in torch.nonzero(fresh).flatten().tolist():
+                scales[b, :, group[b]], zeros[b, :, group[b]] = found[0][b], found[1][b]
         index = group[:, None, None].expand(batch, n, 1)
-        scale, zero = torch.gather(scales, 2, index), torch.gather(zeros, 2, index)
-        q[:, :, start:end], errors = _round_span(w[:, :, start:end], u[:, start:end, start:end], scale, zero, grid.top)
+        scale, zero = torch.gather(scales, 2, index)[..., 0], torch.gather(zeros, 2, index)[..., 0]
+        q[:, :, start:end], errors = round_span(
+            w[:, :, start:end], u[:, start:end, start:end], scale, zero, bits=grid.bits
+        )
         w[:, :, end:] -= errors @ u[:, start:end, end:]
     return q, scales, zeros, groups
-
-
-def _put(store: torch.Tensor, value: torch.Tensor, group: torch.Tensor, fresh: torch.Tensor) -> None:
-    for b in torch.nonzero(fresh).flatten().tolist():
-        store[b, :, group[b]] = value[b, :, 0]
 
 
 def _spans(groups: torch.Tensor, size: int, k: int) -> list[tuple[int, int]]:
@@ -166,23 +165,6 @@ def _spans(groups: torch.Tensor, size: int, k: int) -> list[tuple[int, int]]:
     for a, b in zip(cuts, cuts[1:], strict=False):
         spans += [(s, min(s + _BLOCK, b)) for s in range(a, b, _BLOCK)]
     return spans
-
-
-def _round_span(
-    w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the columns of one span, spreading each error over the rest of the span. Returns codes and scaled errors."""
-    # column by column on [K, b, N]: each step then touches contiguous rows
-    columns = w.permute(2, 0, 1).contiguous()
-    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    scale, zero = scale[..., 0], zero[..., 0]
-    for i in range(columns.shape[0]):
-        column = columns[i]
-        codes[i] = to_codes(column, scale, zero, top)
-        errors[i] = (column - (codes[i] - zero) * scale) / u[:, i, i, None]
-        if i + 1 < columns.shape[0]:
-            columns[i + 1 :] -= u[:, i, i + 1 :].T[:, :, None] * errors[i]
-    return codes.permute(1, 2, 0), errors.permute(1, 2, 0)
 
 
 def _expand(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

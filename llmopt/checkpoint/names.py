@@ -1,0 +1,62 @@
+"""Names of tensors: as the model has them, and as the files of its family have them.
+
+transformers 5 fuses routed experts and moves some parameters on load; files, and every other tool, keep the names of
+the original releases. The renaming is transformers' own, asked for one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmopt.models.base import ExpertsSite, MlpSpec, ModelFamily, MoeSpec
+
+
+def disk_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Name on disk of each parameter or buffer (fused experts apart, see :func:`expert_name`)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    probe = torch.empty(0, device="meta")
+    result = {}
+    for name in names:
+        renamed = list(revert_weight_conversion(model, {name: probe}))
+        assert len(renamed) == 1, f"{name}: expected one name on disk, got {renamed}"
+        result[name] = renamed[0]
+    return result
+
+
+def expert_name(experts: str, spec: MoeSpec, expert: int, proj: str) -> str:
+    """Name on disk of one linear of one routed expert, without ``.weight``.
+
+    Args:
+        experts: full name of the fused-experts module in the model.
+        spec: the family's MoE block.
+        expert: its number.
+        proj: the linear: ``gate_proj``, ``up_proj`` or ``down_proj``.
+    """
+    block = experts.removesuffix(f".{spec.experts}")
+    return f"{block}.{spec.disk_name.format(expert=expert, proj=proj)}"
+
+
+def expert_projections(mlp: MlpSpec) -> tuple[str, str, str]:
+    """Names of an expert's linears: gate, up, down."""
+    return mlp.gate, mlp.up, mlp.down
+
+
+def fused_names(site: ExpertsSite) -> tuple[str, str]:
+    """Full names of a site's fused parameters: ``gate_up [E, 2I, H]`` and ``down [E, H, I]``."""
+    return f"{site.name}.{site.spec.gate_up}", f"{site.name}.{site.spec.down}"
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, buffer or submodule, and the attribute's name."""
+    path, _, attr = name.rpartition(".")
+    return model.get_submodule(path), attr
+
+
+def is_kept_fp32(family: ModelFamily, name: str) -> bool:
+    """True for what a family keeps in float32 whatever the model's dtype."""
+    return any(fragment in name for fragment in family.keep_fp32)
