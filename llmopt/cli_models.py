@@ -199,3 +199,36 @@ def read_report(file: Path) -> Report:
         return Report.from_json(file)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: not a report that llmopt wrote: {error}") from error
+
+
+def collect_reports(subjects: list[Path]) -> list[Report]:
+    """A receipt for each report file or checkpoint: recorded ones as they are, the others by optimizing now.
+
+    Raises:
+        InputError: a file that is no report, or a directory that is no checkpoint.
+        CheckpointError: a checkpoint that cannot be read.
+    """
+    found = {path: _recorded(path) for path in subjects}
+    missing = [path for path, report in found.items() if report is None]
+    if missing:
+        import llmopt
+
+        measured = llmopt.compare({str(path): open_model(path).model for path in missing})
+        found |= dict(zip(missing, measured, strict=True))
+    reports = []
+    for path, report in found.items():
+        assert report is not None
+        if path.is_dir():
+            report.model["name"] = path.resolve().name
+        reports.append(report)
+    return reports
+
+
+def _recorded(path: Path) -> Report | None:
+    if path.is_file():
+        return read_report(path)
+    read_config(path)
+    from llmopt import checkpoint
+
+    recorded = checkpoint.recorded_report(path)
+    return None if recorded is None else Report.from_json(json.dumps(recorded))

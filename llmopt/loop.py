@@ -14,8 +14,10 @@ import torch
 
 from llmopt.errors import CalibrationError, InputError, LlmoptError, ModelStateError, PassError
 from llmopt.measure import stats, timing
+from llmopt.measure.baseline import Baseline
 from llmopt.measure.quality import Reference, choose_rows, compare as compare_quality, reference
 from llmopt.measure.report import PassRow, Quality, Report
+from llmopt.models import resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.validate import validate_model
 from llmopt.originals import Originals
@@ -88,13 +90,38 @@ def optimize(
         raise ModelStateError("model: already optimized; call llmopt.restore(model) first")
     resolved = validate_model(model)
     run = _Run(resolved, chosen, measure, quality_budget, strict, on_event or (lambda event: None), seed)
-    was_calibrated = run.prepare_rows(calibration)
+    calibrated = run.prepare_rows(calibration)
+    _finish(run, calibrated)
+    return model
+
+
+def optimize_built(
+    model: Any, built: tuple[Pass, Applied], passes: list[Pass], *, baseline: Baseline, measure: MeasureLevel = True,
+    on_event: Callable[[Event], None] | None = None, seed: int = 0,
+) -> Any:  # fmt: skip
+    """:func:`optimize` for a model that was built quantized: ``built`` is a pass that cannot be switched off.
+
+    Its baseline comes from elsewhere (:class:`llmopt.measure.baseline.ScaledBaseline`). For benchmarks of shapes whose
+    unquantized weights do not fit into memory.
+    """
+    item, applied = built
+    run = _Run(resolve_model(model), passes, measure, None, False, on_event or (lambda event: None), seed)
+    run.baseline, run.kept = baseline, [built]
+    run.prepare_rows(None)
+    run.notes.append(baseline.note)
+    row = PassRow(item.name, "kept", "built directly in int4 from random codes", dataclasses.asdict(item))
+    row.coverage = dataclasses.asdict(applied.coverage)
+    run.rows.append(row)
+    _finish(run, False)
+    return model
+
+
+def _finish(run: _Run, calibrated: bool) -> None:
     try:
-        _STATES[model] = run.run(was_calibrated)
+        _STATES[run.resolved.model] = run.run(calibrated)
     except BaseException:
         run.stages.as_given()
         raise
-    return model
 
 
 class _Run:
@@ -114,6 +141,8 @@ class _Run:
         self.calibration: list[torch.Tensor] = []
         self.held_out: list[torch.Tensor] = []
         self.notes: list[str] = []
+        self.rows: list[PassRow] = []
+        self.baseline: Baseline | None = None
 
     # ---- data
 
@@ -151,9 +180,9 @@ class _Run:
 
     def run(self, calibrated: bool) -> _State:
         started = time.perf_counter()
-        receipt = Receipt(self.resolved, self.stages, self.emit, self.random)
+        receipt = Receipt(self.resolved, self.stages, self.emit, self.random, self.baseline)
         ctx = PassContext(
-            self.resolved, self.resolved.embedding.weight.device, self.emit, calibration=self.calibration,
+            self.resolved, self.resolved.device, self.emit, calibration=self.calibration,
             seed=self.seed, prompt_tokens=receipt.plan.prompt_tokens,
         )  # fmt: skip
         if self.measure:
@@ -163,15 +192,16 @@ class _Run:
             self.quality_ref = reference(self.resolved, ids)
             self.last_quality = compare_quality(self.resolved, self.quality_ref)
             receipt.baseline_quality = None if self.random else self.last_quality
-        self.stages.as_given()
-        rows = [self._one_pass(p, ctx, receipt) for p in self.passes]
+        self.stages.show(self._patches())
+        for item in self.passes:
+            self.rows.append(self._one_pass(item, ctx, receipt))
         if self.measure:
-            receipt.measure_ladder(self.prompt, rows, self.kept, full=self.measure == "full")
+            receipt.measure_ladder(self.prompt, self.rows, self.kept, full=self.measure == "full")
         self.stages.show(self._patches())
         originals = Originals(self.resolved.model, self._patches())
         if originals.num_bytes:
             self.notes.append(originals.spill())
-        report = receipt.report(rows, self.notes, self._settings(calibrated), time.perf_counter() - started)
+        report = receipt.report(self.rows, self.notes, self._settings(calibrated), time.perf_counter() - started)
         return _State(self.resolved, self.stages, self.kept, originals, report)
 
     def _patches(self) -> list[Patch]:
@@ -244,7 +274,7 @@ class _Run:
             return f"outputs hold NaN or Inf in {where}"
         if not applied.changes_numerics:
             # an exact pass may move the last bits, no more
-            slack = 1e-5 if self.resolved.embedding.weight.dtype == torch.float32 else 5e-3
+            slack = 1e-5 if self.resolved.dtype == torch.float32 else 5e-3
             if quality.mean_kl > 1.25 * self.last_quality.mean_kl + slack:
                 return (
                     f"outputs changed: mean KL {quality.mean_kl:.3g} nats against {self.last_quality.mean_kl:.3g} before"
@@ -328,9 +358,11 @@ def save(model: Any, directory: str | Path, *, tokenizer: Any = None) -> Path:
         return checkpoint.save(model, directory, tokenizer=tokenizer)
     state = _STATES[model]
     originals = {}
-    for name, parameter in ((f"{state.resolved.family.embedding}.weight", state.resolved.embedding.weight),
-                            (f"{state.resolved.family.head}.weight", state.resolved.head.module.weight)):  # fmt: skip
-        originals[name] = state.originals.tensor(parameter)
+    family = state.resolved.family
+    for path, module in ((family.embedding, state.resolved.embedding), (family.head, state.resolved.head.module)):
+        # a model loaded quantized has no originals; the writer then stores what the packed bytes stand for
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            originals[f"{path}.weight"] = state.originals.tensor(module.weight)
     applied = {p.name: dataclasses.asdict(p) for p, _ in state.kept if dataclasses.is_dataclass(p)}
     return checkpoint.save(
         model, directory, tokenizer=tokenizer, originals=originals, passes=applied, report=state.report
@@ -372,8 +404,6 @@ def choose_recorded(recorded: Any) -> list[Pass]:
 
 
 def _apply_unmeasured(model: Any, passes: list[Pass]) -> None:
-    from llmopt.models import resolve_model
-
     resolved = resolve_model(model)
     ctx = PassContext(resolved, next(model.buffers()).device, lambda event: None)
     for item in passes:

@@ -10,6 +10,7 @@ import torch
 
 from llmopt import native
 from llmopt.measure import environment, timing, traffic
+from llmopt.measure.baseline import Baseline, OwnBaseline
 from llmopt.measure.ceilings import CeilingMeter, CeilingUnavailableError
 from llmopt.measure.memory import module_bytes, peak_rss, peak_rss_reset
 from llmopt.measure.report import Ceilings, Gain, Memory, PassRow, Quality, Report, Timing
@@ -26,9 +27,11 @@ class Receipt:
     """Gathers what goes into the report of one run."""
 
     def __init__(
-        self, resolved: ResolvedModel, stages: Stages, emit: Callable[[Event], None], random_weights: bool
-    ) -> None:
+        self, resolved: ResolvedModel, stages: Stages, emit: Callable[[Event], None], random_weights: bool,
+        baseline: Baseline | None = None,
+    ) -> None:  # fmt: skip
         self.resolved, self.stages, self.emit, self.random = resolved, stages, emit, random_weights
+        self.source: Baseline = baseline or OwnBaseline(stages)
         self.plan = timing.Plan()
         self.request_tokens = _REQUEST_TOKENS
         self.baseline_quality: Quality | None = None
@@ -66,8 +69,7 @@ class Receipt:
         """One interleaved run over baseline, stock and every kept stage; fills the rows."""
         started = time.perf_counter()
         patches = [applied.patch for _, applied in kept]
-        stock = self.stages.given if self.stages.given != EAGER else STOCK
-        ladder = {"eager": self.stages.stage((), EAGER), "stock": self.stages.stage((), stock)}
+        ladder = self.source.ladder()
         for i, (item, _) in enumerate(kept):
             ladder[item.name] = self.stages.stage(tuple(patches[: i + 1]))
         if full:
@@ -82,8 +84,9 @@ class Receipt:
         if meter is not None:
             self.ceilings = meter.result()
             meter.close()
-        self._fill(samples, rows, kept, full)
+        self._fill(self.source.combine(samples), rows, kept, full)
         self._memory(ladder, prompt, rows)
+        self.source.close()
         self.measured_s += time.perf_counter() - started
 
     def _fill(
@@ -107,6 +110,8 @@ class Receipt:
     def _memory(self, ladder: dict[str, Any], prompt: Callable[[int], torch.Tensor], rows: list[PassRow]) -> None:
         """Weights at rest, peak of this process over one request, and the share of the bandwidth decode reaches."""
         by_name: dict[str, PassRow | None] = {row.name: row for row in rows} | {"eager": None}
+        if self.source.weight_bytes is not None:
+            self.baseline_memory = Memory(self.source.weight_bytes, None, "computed: it is never held as a whole")
         for name, show in ladder.items():
             if name not in by_name:
                 continue
@@ -137,9 +142,9 @@ class Receipt:
             model={
                 "name": str(getattr(config, "_name_or_path", "") or config.model_type),
                 "model_type": config.model_type,
-                "parameters": self.num_parameters,
-                "weight_bytes": self.baseline_weights,
-                "dtype": str(self.resolved.embedding.weight.dtype).removeprefix("torch."),
+                "parameters": self.source.parameters or self.num_parameters,
+                "weight_bytes": self.source.weight_bytes or self.baseline_weights,
+                "dtype": str(self.resolved.dtype).removeprefix("torch."),
                 "random_weights": self.random,
             },
             environment=environment.capture(),

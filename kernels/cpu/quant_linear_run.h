@@ -68,6 +68,7 @@ inline void linear_op(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::f
   const DType dtype = float_dtype("x", x);
   check_same_dtype("y", y, "x", dtype);
   if (bias.has_value()) {
+    check_cpu("bias", *bias);
     check_shape("bias", *bias, {rows});
     check_same_dtype("bias", *bias, "x", dtype);
   }

@@ -50,11 +50,11 @@ inline F32x16 load_bf16_n(const uint16_t* p, int n) {
   std::memcpy(t, p, 2 * n);
   return load_bf16(t);
 }
-inline void load_bf16_pairs(const uint16_t* p, F32x16& even, F32x16& odd) {
-  const __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 16));
-  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  even = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
-  odd = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
+inline void split_bf16(F32x16 pairs, F32x16& low, F32x16& high) {
+  const __m256i a = _mm256_castps_si256(pairs.a), b = _mm256_castps_si256(pairs.b);
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  low = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+  high = {_mm256_castsi256_ps(_mm256_and_si256(a, mask)), _mm256_castsi256_ps(_mm256_and_si256(b, mask))};
 }
 inline F32x16 load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};

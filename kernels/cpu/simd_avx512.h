@@ -38,11 +38,11 @@ inline F32x16 load_bf16(const uint16_t* p) {
 inline F32x16 load_bf16_n(const uint16_t* p, int n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16))};
 }
-// 32 values as those of even and those of odd index: cheaper than in order, and a sum of products needs no order
-inline void load_bf16_pairs(const uint16_t* p, F32x16& even, F32x16& odd) {
-  const __m512i x = _mm512_loadu_si512(p);
-  even = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
-  odd = {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+// lanes that hold two bf16 each, as the low ones and the high ones: 32 values at half the cost of widening in order
+inline void split_bf16(F32x16 pairs, F32x16& low, F32x16& high) {
+  const __m512i x = _mm512_castps_si512(pairs.v);
+  low = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
+  high = {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
 inline F32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 inline F32x16 load_f16_n(const uint16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }

@@ -83,10 +83,13 @@ inline F32x16 load_bf16_n(const uint16_t* p, int n) {
   return each<F32x16>([&](int i) { return i < n ? bits_to_f32(static_cast<uint32_t>(p[i]) << 16) : 0.0f; });
 }
 inline F32x16 load_bf16(const uint16_t* p) { return load_bf16_n(p, 16); }
-inline void load_bf16_pairs(const uint16_t* p, F32x16& even, F32x16& odd) {
+inline void split_bf16(F32x16 pairs, F32x16& low, F32x16& high) {
+  // by bits: on some processors a float that is moved as a number does not keep the bits of a NaN
+  uint32_t bits[16];
+  std::memcpy(bits, pairs.v, 64);
   for (int i = 0; i < 16; ++i) {
-    even.v[i] = bits_to_f32(static_cast<uint32_t>(p[2 * i]) << 16);
-    odd.v[i] = bits_to_f32(static_cast<uint32_t>(p[2 * i + 1]) << 16);
+    low.v[i] = bits_to_f32(bits[i] << 16);
+    high.v[i] = bits_to_f32(bits[i] & 0xffff0000u);
   }
 }
 inline F32x16 load_f16_n(const uint16_t* p, int n) {

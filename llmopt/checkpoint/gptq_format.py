@@ -178,13 +178,13 @@ def _to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     padded = torch.nn.functional.pad(codes, (0, words(count, bits) * (32 // bits) - count))
     if bits == 4:
         padded = (padded[:, 0::2] & 15) | (padded[:, 1::2] << 4)
-    # four bytes are one little-endian word
-    return padded.contiguous().view(torch.int32).reshape(rows, -1)
+    # four bytes are one little-endian word; flat, because a view of a single row minds its strides
+    return padded.flatten().view(torch.int32).reshape(rows, -1)
 
 
 def _from_words(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     """``[R, words]`` int32 to ``[R, count]`` uint8 codes."""
-    as_bytes = packed.view(torch.uint8)
+    as_bytes = packed.flatten().view(torch.uint8).reshape(packed.shape[0], -1)
     if bits == 4:
         as_bytes = torch.stack([as_bytes & 15, as_bytes >> 4], -1).flatten(-2)
     return as_bytes[:, :count].contiguous()

@@ -157,7 +157,7 @@ def _write_configs(work: Path, model: Any, plan: Plan, *, dtype: str, v2: bool) 
         config["quantization_config"] = quantization_config(
             plan.quantized, plan.left_out, desc_act=plan.desc_act, v2=v2
         )
-    _write_json(work / CONFIG, config)
+    _write_json(work / CONFIG, dict(sorted(config.items())))
     if model.can_generate():
         _write_json(work / GENERATION_CONFIG, json.loads(model.generation_config.to_json_string()))
 

@@ -31,10 +31,11 @@ def interval(value: Interval | None) -> str:
 
 
 def ratio(value: Interval | None) -> str:
-    """``3.87x [3.70, 4.02]``; three decimals near 1; a leading ``≈`` says that the interval contains 1."""
+    """``3.87x [3.70, 4.02]``; three decimals close to 1; a leading ``≈`` says that the interval contains 1."""
     if value is None:
         return NONE
-    d = 3 if abs(value.value - 1) < 0.1 else 2 if value.value < 10 else 1
+    precise = abs(value.value - 1) < 0.1 and value.high - value.low < 0.2
+    d = 3 if precise else 2 if value.value < 10 else 1
     sign = "" if value.excludes(1.0) else "≈"
     return f"{sign}{value.value:.{d}f}x [{value.low:.{d}f}, {value.high:.{d}f}]"
 

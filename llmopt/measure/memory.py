@@ -34,7 +34,7 @@ class Reading(NamedTuple):
 
 
 class MemoryMeasurementError(LlmoptError, RuntimeError):
-    """The process that was to be measured failed; carries the end of its standard error."""
+    """The process that was to be measured failed; carries the last line of its standard error."""
 
 
 def peak_rss_reset() -> bool:
@@ -192,9 +192,8 @@ def measure_isolated(
     except subprocess.TimeoutExpired as error:
         raise MemoryMeasurementError(f"{path}: the measuring process did not end within {timeout_s:.0f} s") from error
     if done.returncode != 0:
-        raise MemoryMeasurementError(
-            f"{path}: the measuring process ended with status {done.returncode}: {done.stderr.strip()[-2000:]}"
-        )
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MemoryMeasurementError(f"{path}: the measuring process ended with status {done.returncode}: {last}")
     return IsolatedMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 

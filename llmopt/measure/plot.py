@@ -132,8 +132,14 @@ def _decode_bar(stage: _Stage) -> _Bar | None:
     tpot, per_s = stage.timing.decode_ms, stage.timing.decode_tok_per_s
     scale = per_s * tpot.value
     label = fmt.number(per_s) + _times(stage.decode_gain)
-    ceiling = per_s / stage.bandwidth if stage.bandwidth else None
-    return _Bar(per_s, scale / tpot.high, scale / tpot.low, label, ceiling)
+    return _Bar(per_s, scale / tpot.high, scale / tpot.low, label, _ceiling(stage))
+
+
+def _ceiling(stage: _Stage) -> float | None:
+    """Tokens per second at full read bandwidth; None where that is so far off that drawing it would dwarf the rest."""
+    if stage.timing is None or stage.bandwidth is None or stage.bandwidth < 0.3:
+        return None
+    return stage.timing.decode_tok_per_s / stage.bandwidth
 
 
 def _prefill_bar(stage: _Stage) -> _Bar | None:
@@ -151,7 +157,12 @@ def _weights_bar(stage: _Stage) -> _Bar | None:
 
 
 def _times(gain: Interval | None) -> str:
-    return f"   {fmt.times(gain.value)}" if gain is not None else ""
+    return f"   {_marked(gain)}" if gain is not None else ""
+
+
+def _marked(gain: Interval) -> str:
+    """``≈`` as in the tables: the interval contains 1."""
+    return fmt.times(gain.value) if gain.excludes(1.0) else f"≈{fmt.times(gain.value)}"
 
 
 def _prepare(axes: Axes, heading: str, stages: list[_Stage], *, names: bool) -> None:
@@ -211,7 +222,9 @@ def _draw_words(figure: Figure, report: Report, height: float) -> None:
     conditions = [summary.machine(report), summary.software(report)]
     figure.text(left, 1 - 0.58 / height, "   ".join(conditions), fontsize=8.5, color=_FAINT, va="center")
     notes = [summary.time_caption(report)]
-    if any(row.bandwidth_fraction for row in report.passes) and report.ceilings and report.ceilings.read_gb_per_s:
+    if "≈" in "".join(text.get_text() for axes in figure.axes for text in axes.texts):
+        notes.append("≈: the interval contains 1, no difference found")
+    if any(_ceiling(stage) for stage in _stages(report)) and report.ceilings and report.ceilings.read_gb_per_s:
         limit = fmt.number(report.ceilings.read_gb_per_s.value)
         notes.append(f"pale bar: what the measured read bandwidth, {limit} GB/s, would allow")
     notes += [f"{row.name} not applicable: {row.reason}" for row in report.passes if row.verdict == "not applicable"]
@@ -228,7 +241,7 @@ def _claim(report: Report) -> str:
     row = summary.final_row(report)
     if row is None or row.total is None:
         return ": not measured" if report.baseline is None else ": no pass kept"
-    parts = [f"{fmt.times(row.total.decode.value)} decode", f"{fmt.times(row.total.prefill.value)} first token"]
+    parts = [f"{_marked(row.total.decode)} decode", f"{_marked(row.total.prefill)} first token"]
     before, after = report.baseline_memory, summary.final_memory(report)
     if before is not None and after is not None and before.weights:
         parts.append(f"{fmt.times(after.weights / before.weights)} weights")

@@ -100,7 +100,7 @@ def _first_divergence(
     now: list[torch.Tensor], base: list[torch.Tensor], resolved: ResolvedModel
 ) -> tuple[str | None, list[str]]:
     """First layer off by more than rounding of the model's dtype explains, and layers that hold NaN or Inf."""
-    rounding = 8 * torch.finfo(resolved.embedding.weight.dtype).eps
+    rounding = 8 * torch.finfo(resolved.dtype).eps
     divergent = None
     broken = [layer.name for layer, x in zip(resolved.layers, now, strict=True) if not torch.isfinite(x).all()]
     for layer, a, b in zip(resolved.layers, now, base, strict=True):

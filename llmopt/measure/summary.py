@@ -350,10 +350,12 @@ def compare_remarks(reports: Sequence[Report]) -> list[str]:
         lines += [f"{name}: {note}" for note in report.notes]
     conditions: dict[str, set[Any]] = {
         "machines": {machine(report) for report in reports},
-        "library versions": {software(report).rsplit(" · ", 1)[0] for report in reports},
+        "library versions": {str(report.environment.get("versions")) for report in reports},
         "prompt, decode length or batch": {
             (t.prompt_tokens, t.decode_tokens, t.batch) for report in reports if (t := report.baseline) is not None
         },
     }
+    if len({report.environment.get("date") for report in reports}) > 1:
+        lines.append("measured at different times, not in the same rounds: small differences mean nothing")
     different = [name for name, values in conditions.items() if len(values) > 1]
     return [*lines, f"not comparable: different {' and '.join(different)}"] if different else lines

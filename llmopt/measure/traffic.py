@@ -41,7 +41,7 @@ def _experts(layer: Any) -> list[nn.Module]:
 def kv_bytes(resolved: ResolvedModel, depth: int) -> int:
     """Bytes of the cache that one token reads at ``depth`` (in the model's dtype)."""
     config: Any = resolved.model.config
-    size = resolved.embedding.weight.element_size()
+    size = resolved.dtype.itemsize
     if resolved.family.attention.kind == "mla":
         values = config.kv_lora_rank + config.qk_rope_head_dim
     else:

@@ -162,6 +162,17 @@ class ResolvedModel:
         """Head and embedding share one weight."""
         return self.head.module.weight is self.embedding.weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's own dtype: that of its norms, which no pass touches."""
+        dtype: torch.dtype = self.final_norm.weight.dtype  # type: ignore[union-attr,assignment]
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.final_norm.weight.device  # type: ignore[union-attr,assignment]
+        return device
+
     def parent_of_embedding(self) -> tuple[nn.Module, str]:
         path, _, attr = self.family.embedding.rpartition(".")
         return (_walk(self.model, path) if path else self.model), attr
@@ -304,7 +315,8 @@ def _resolve_moe(
 ) -> tuple[ExpertsSite | None, nn.Module | None, str | None]:
     experts = find.get(mlp_name, spec.experts)
     router = find.get(mlp_name, spec.router)
-    for path in (spec.gate_up, spec.down):
+    # experts already replaced by packed ones (a model loaded quantized) have no 3-D parameters
+    for path in () if getattr(experts, "is_packed", False) else (spec.gate_up, spec.down):
         find.get(f"{mlp_name}.{spec.experts}", path)
     if spec.correction_bias:
         find.get(mlp_name, spec.correction_bias)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -22,26 +20,13 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "_buffer_bytes", lambda: 64 * MIB)
 
 
-@pytest.fixture
-def best_isa() -> Iterator[None]:
-    yield
-    native.force_isa("auto")
-
-
 @needs_kernels
 @pytest.mark.usefixtures("small_buffer")
 def test_read_bandwidth_is_plausible() -> None:
     assert 0.1 < measure_once("read_gb_per_s", milliseconds=20) < 10_000
 
 
-@needs_kernels
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-@pytest.mark.usefixtures("best_isa")
 def test_compute_kinds_follow_the_isa_in_force(isa: str) -> None:
-    try:
-        native.force_isa(isa)
-    except ValueError:
-        pytest.skip(f"this processor has no {isa}")
     for kind in ("int8_tops", "fp32_tflops"):
         assert 1e-4 < measure_once(kind, milliseconds=5) < 1e3
     if isa != "avx512" or "avx512_bf16" not in environment.cpu()["isa"]:
@@ -62,11 +47,11 @@ def test_a_duration_that_is_over_before_the_threads_wake_still_measures(kind: ce
 def test_threads_are_torchs_threads() -> None:
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        assert ceilings.threads() == 1
+        for wanted in (1, 2):
+            torch.set_num_threads(wanted)
+            assert ceilings.threads() == wanted
     finally:
         torch.set_num_threads(before)
-    assert ceilings.threads() == before
 
 
 @needs_kernels

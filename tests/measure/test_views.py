@@ -141,10 +141,12 @@ def test_compare_numbers_equal_names_and_shows_the_final_stage(full_report: Repo
 def test_compare_says_what_makes_reports_incomparable(full_report: Report) -> None:
     other = Report.from_json(full_report.to_json())
     other.environment["cpu"]["model"] = "Another"
+    other.environment["date"] = "2026-02-01T12:00:00Z"
     assert isinstance(other.baseline, Timing)
     other.baseline.prompt_tokens = 4096
     markdown = views.markdown_compare([full_report, other])
     assert "not comparable: different machines and prompt, decode length or batch" in markdown
+    assert "measured at different times, not in the same rounds" in markdown
     assert {len(r) for r in table_rows(markdown)} == {7}
 
 
@@ -155,9 +157,10 @@ def test_compare_says_what_makes_reports_incomparable(full_report: Report) -> No
         (Interval(1.004, 0.998, 1.009, 9), "≈1.004x [0.998, 1.009]"),
         (Interval(0.953, 0.941, 0.962, 9), "0.953x [0.941, 0.962]"),
         (Interval(12.34, 12.0, 12.9, 9), "12.3x [12.0, 12.9]"),
+        (Interval(1.082, 0.232, 3.286, 9), "≈1.08x [0.23, 3.29]"),
         (None, "-"),
     ],
-    ids=["faster", "no_difference", "slower", "tenfold", "absent"],
+    ids=["faster", "no_difference", "slower", "tenfold", "noisy", "absent"],
 )
 def test_ratio_format(value: Interval | None, expected: str) -> None:
     assert fmt.ratio(value) == expected

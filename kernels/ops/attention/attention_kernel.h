@@ -15,6 +15,10 @@ namespace llmopt::LLMOPT_ISA {
 #define PACKROWS 12
 #endif
 constexpr int64_t kPackRows = PACKROWS;
+#ifndef CHUNK
+#define CHUNK 48
+#endif
+constexpr int64_t kChunkRows = CHUNK;
 
 template <int kDType>
 class Attention {
@@ -31,7 +35,9 @@ class Attention {
     max_ = scratch + layout_.stats;
     sum_ = max_ + padded;
     keep_ = sum_ + padded;
-    low_ = reinterpret_cast<int32_t*>(keep_ + padded);
+    tile_ = keep_ + padded;
+    base_ = tile_ + padded;
+    low_ = reinterpret_cast<int32_t*>(base_ + padded);
     high_ = low_ + padded;
     position_ = high_ + padded;
   }
@@ -44,14 +50,17 @@ class Attention {
       const int64_t n = std::min(kTileKeys, last - key);
       if (!any_visible(key, n)) continue;
       if (packed_) {
-        scores_packed(key, n);
+        pack(key, n);
+        // few enough rows at a time that their scores stay in L1
+        for (int64_t r = 0; r < rows_; r += kChunkRows) {
+          const int64_t end = std::min(rows_, r + kChunkRows);
+          scores_packed(r, end, key, n);
+          soften(r, end, key, n);
+          values_packed(r, end, key, n);
+        }
       } else {
         scores_direct(key, n);
-      }
-      for (int64_t r = 0; r < rows_; ++r) soften(r, key, n);
-      if (packed_) {
-        values_packed(key, n);
-      } else {
+        soften(0, rows_, key, n);
         values_direct(key, n);
       }
     }
@@ -125,7 +134,7 @@ class Attention {
     if (kPairs<kDType> && !packed_) {
       for (; d + 32 <= dim; d += 32) {
         F32x16 even, odd;
-        load_bf16_pairs(static_cast<const uint16_t*>(in) + d, even, odd);
+        split_bf16(load_bits<kDType>(in, d), even, odd);
         store(out + d, mul(scale, even));
         store(out + d + 16, mul(scale, odd));
       }
@@ -147,32 +156,35 @@ class Attention {
     return false;
   }
 
-  void scores_packed(int64_t key, int64_t n) {
+  void pack(int64_t key, int64_t n) {
     pack_transposed<kDType>(key_at(key), p_.k_stride.t, n, p_.dim, keys_);
     const int64_t rope = round_up(p_.dim, 16);
     // query padding is zero, so rows of the tile between dim and rope only have to be finite
     std::memset(keys_ + p_.dim * kTileKeys, 0, static_cast<size_t>((rope - p_.dim) * kTileKeys) * sizeof(float));
     if (p_.k_rope)
       pack_transposed<kDType>(key_rope_at(key), p_.k_rope_stride.t, n, p_.dim_rope, keys_ + rope * kTileKeys);
-    const int64_t dim = p_.k_rope ? rope + p_.dim_rope : p_.dim;
-    for (int64_t r = 0; r < rows_; r += kBlockRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlockRows, rows_ - r));
+    pack_rows<kDType>(value_at(key), p_.v_stride.t, n, p_.dim_v, values_, layout_.value_stride);
+  }
+
+  void scores_packed(int64_t begin, int64_t end, int64_t key, int64_t n) {
+    const int64_t dim = p_.k_rope ? round_up(p_.dim, 16) + p_.dim_rope : p_.dim;
+    for (int64_t r = begin; r < end; r += kBlockRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlockRows, end - r));
       if (low_[r] >= key + n || high_[r + count - 1] <= key) continue;
       product_rows<kBlockRows>(count, query_ + r * layout_.query_stride, layout_.query_stride, keys_, kTileKeys,
                                scores_ + r * kTileKeys, kTileKeys, dim, nullptr, kTileKeys);
     }
   }
 
-  void values_packed(int64_t key, int64_t n) {
+  void values_packed(int64_t begin, int64_t end, int64_t key, int64_t n) {
     const int64_t width = layout_.value_stride;
-    pack_rows<kDType>(value_at(key), p_.v_stride.t, n, p_.dim_v, values_, width);
-    for (int64_t r = 0; r < rows_; r += kBlockRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlockRows, rows_ - r));
-      const int64_t begin = std::max<int64_t>(0, low_[r] - key);
-      const int64_t end = std::min<int64_t>(n, high_[r + count - 1] - key);
-      if (begin >= end) continue;
-      product_rows<kBlockRows>(count, scores_ + r * kTileKeys + begin, kTileKeys, values_ + begin * width, width,
-                               acc_ + r * width, width, end - begin, keep_ + r, width);
+    for (int64_t r = begin; r < end; r += kBlockRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlockRows, end - r));
+      const int64_t first = std::max<int64_t>(0, low_[r] - key);
+      const int64_t last = std::min<int64_t>(n, high_[r + count - 1] - key);
+      if (first >= last) continue;
+      product_rows<kBlockRows>(count, scores_ + r * kTileKeys + first, kTileKeys, values_ + first * width, width,
+                               acc_ + r * width, width, last - first, keep_ + r, width);
     }
   }
 
@@ -230,15 +242,38 @@ class Attention {
                           acc_ + r * layout_.value_stride, layout_.value_stride, n, keep_ + r, p_.dim_v);
   }
 
-  // masks the row's scores of this tile, turns them into weights and updates maximum, sum and what to keep of acc
-  void soften(int64_t r, int64_t key, int64_t n) {
-    float* s = scores_ + r * kTileKeys;
-    const int64_t begin = std::clamp<int64_t>(low_[r] - key, 0, n), end = std::clamp<int64_t>(high_[r] - key, 0, n);
-    keep_[r] = 1.0f;
-    if (begin >= end) {
-      std::fill(s, s + kTileKeys, 0.0f);
-      return;
+  // turns the scores of rows [begin, end) into weights; updates maximum, sum and what to keep of acc. `begin` is a
+  // multiple of 16, and what is done for sixteen rows at once may run over `end`, up to the padding.
+  void soften(int64_t begin, int64_t end, int64_t key, int64_t n) {
+    for (int64_t r = begin; r < end; ++r) tile_[r] = mask_row(r, key, n);
+    for (int64_t r = begin; r < end; r += 16) {
+      const F32x16 before = load(max_ + r), now = max(load(tile_ + r), before);
+      // with nothing visible yet every weight is 2^-inf = 0, whatever the base
+      const F32x16 base = max(now, set1(-3.0e38f));
+      store(max_ + r, now);
+      store(base_ + r, base);
+      store(keep_ + r, exp2_weight(sub(before, base)));
     }
+    for (int64_t r = begin; r < end; ++r) {
+      float* s = scores_ + r * kTileKeys;
+      const F32x16 base = set1(base_[r]);
+      F32x16 total = zero_f32();
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kTileKeys; j += 16) {
+        const F32x16 w = exp2_weight(sub(load(s + j), base));
+        store(s + j, w);
+        total = add(total, w);
+      }
+      tile_[r] = reduce_add(total);
+    }
+    for (int64_t r = begin; r < end; r += 16)
+      store(sum_ + r, fmadd(load(sum_ + r), load(keep_ + r), load(tile_ + r)));
+  }
+
+  // masks a row's scores of this tile and gives their maximum
+  float mask_row(int64_t r, int64_t key, int64_t n) {
+    float* s = scores_ + r * kTileKeys;
+    const int64_t begin = std::clamp<int64_t>(low_[r] - key, 0, n), end = std::clamp<int64_t>(high_[r] - key, begin, n);
     std::fill(s, s + begin, kMasked);
     std::fill(s + end, s + kTileKeys, kMasked);
     if (p_.key_mask) {
@@ -250,21 +285,9 @@ class Attention {
       for (int64_t j = begin; j < end; ++j) s[j] = visible[j] ? s[j] : kMasked;
     }
     F32x16 top = load(s);
+#pragma GCC unroll 4
     for (int64_t j = 16; j < kTileKeys; j += 16) top = max(top, load(s + j));
-    const float before = max_[r], tile = reduce_max(top), now = tile > before ? tile : before;
-    // with nothing visible yet every weight is 2^-inf = 0, whatever the base
-    const F32x16 base = set1(now == kMasked ? 0.0f : now);
-    F32x16 total = zero_f32();
-    for (int64_t j = 0; j < kTileKeys; j += 16) {
-      const F32x16 w = exp2_weight(sub(load(s + j), base));
-      store(s + j, w);
-      total = add(total, w);
-    }
-    if (now != before) {
-      keep_[r] = exp2_weight(before - now);
-      max_[r] = now;
-    }
-    sum_[r] = sum_[r] * keep_[r] + reduce_add(total);
+    return reduce_max(top);
   }
 
   void finish(int64_t r) {
@@ -344,7 +367,7 @@ class Attention {
   const AttentionLayout layout_;
   const int64_t rows_;
   const bool packed_;
-  float *query_, *scores_, *acc_, *keys_, *values_, *max_, *sum_, *keep_;
+  float *query_, *scores_, *acc_, *keys_, *values_, *max_, *sum_, *keep_, *tile_, *base_;
   int32_t *low_, *high_, *position_;
 };
 

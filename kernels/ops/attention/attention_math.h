@@ -25,6 +25,11 @@ inline const void* element(const void* base, int64_t i) {
 #ifndef LOCALITY
 #define LOCALITY 2
 #endif
+// 64 bytes from element i on, whatever they hold
+template <int kDType>
+inline F32x16 load_bits(const void* base, int64_t i) {
+  return load(static_cast<const float*>(element<kDType>(base, i)));
+}
 // Asks for the line that holds element i. Keys and values come in short runs of two streams, which the hardware's own
 // prefetching does not follow: without this, waiting and computing add up instead of overlapping.
 template <int kDType>
@@ -83,7 +88,7 @@ inline void product_block(const float* a, int64_t lda, const void* b, int64_t ld
     if constexpr (kStream && kPairs<kDType> && V > 1) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; v += 2)
-        load_bf16_pairs(static_cast<const uint16_t*>(b) + j * ldb + 16 * v, x[v], x[v + 1]);
+        split_bf16(load_bits<kDType>(b, j * ldb + 16 * v), x[v], x[v + 1]);
     } else {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v)
@@ -147,7 +152,7 @@ inline void dots(const float* q, int64_t ldq, const void* const (&k)[C], int64_t
       F32x16 even[C], odd[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        load_bf16_pairs(static_cast<const uint16_t*>(k[c]) + d, even[c], odd[c]);
+        split_bf16(load_bits<kDType>(k[c], d), even[c], odd[c]);
         prefetch<kDType>(k[c], d + ahead);
       }
 #pragma GCC unroll 8
@@ -181,7 +186,28 @@ inline void dots(const float* q, int64_t ldq, const void* const (&k)[C], int64_t
 template <int kDType>
 inline void pack_transposed(const void* in, int64_t stride, int64_t n, int64_t dim, float* out) {
   for (int64_t key = 0; key < kTileKeys; key += 16) {
-    for (int64_t d = 0; d < dim; d += 16) {
+    int64_t d = 0;
+    if constexpr (kPairs<kDType>) {
+      // pairs of neighbours in d move as one lane: half the shuffles
+      for (; d + 32 <= dim; d += 32) {
+        F32x16 x[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          const int64_t at = (key + i) * stride + d;
+          x[i] = key + i < n ? load_bits<kDType>(in, at) : zero_f32();
+          prefetch<kDType>(in, at + AHEAD * stride);
+        }
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          F32x16 even, odd;
+          split_bf16(x[i], even, odd);
+          store(out + (d + 2 * i) * kTileKeys + key, even);
+          store(out + (d + 2 * i + 1) * kTileKeys + key, odd);
+        }
+      }
+    }
+    for (; d < dim; d += 16) {
       const int lanes = static_cast<int>(std::min<int64_t>(16, dim - d));
       F32x16 x[16];
 #pragma GCC unroll 16

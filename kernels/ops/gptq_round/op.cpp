@@ -12,13 +12,18 @@ float* floats(const char* name, const TensorView& t) {
   return static_cast<float*>(t.data_ptr());
 }
 
+void check_bits(int64_t bits) {
+  if (bits < 2 || bits > 8) TVM_FFI_THROW(ValueError) << "bits: expected 2 to 8, got " << bits;
+}
+
 // w [b, N, columns], weight [b, columns] -> scale, zero [b, N]
 void search(TensorView w, TensorView weight, TensorView scale, TensorView zero, int64_t bits, bool symmetric) {
+  check_shape("w", w, {-1, -1, -1});
+  check_bits(bits);
   const int64_t batch = w.size(0), n = w.size(1), columns = w.size(2);
   check_shape("weight", weight, {batch, columns});
   check_shape("scale", scale, {batch, n});
   check_shape("zero", zero, {batch, n});
-  if (bits < 2 || bits > 8) TVM_FFI_THROW(ValueError) << "bits: expected 2 to 8, got " << bits;
   const float *x = floats("w", w), *importance = floats("weight", weight);
   float *s = floats("scale", scale), *z = floats("zero", zero);
   const RoundKernels& kernels = round_kernels(active_isa());
@@ -35,6 +40,8 @@ void search(TensorView w, TensorView weight, TensorView scale, TensorView zero, 
 // w [b, N, columns], u [b, columns, columns], scale and zero [b, N] -> q, error [b, N, columns]
 void round_span(TensorView w, TensorView u, TensorView scale, TensorView zero, TensorView q, TensorView error,
                 int64_t bits) {
+  check_shape("w", w, {-1, -1, -1});
+  check_bits(bits);
   const int64_t batch = w.size(0), n = w.size(1), columns = w.size(2);
   if (columns > 128) TVM_FFI_THROW(ValueError) << "w: expected at most 128 columns, got " << columns;
   check_shape("u", u, {batch, columns, columns});

@@ -11,6 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.int4_linear.layout import check_indices
 
 __all__ = ["int4_experts"]
 
@@ -37,7 +38,7 @@ def int4_experts(
 
     Args:
         x: ``[T, H]`` float32, bfloat16 or float16.
-        index: ``[T, k]`` int64, experts chosen for each token, in ``[0, E)``.
+        index: ``[T, k]`` of any integer dtype, experts chosen for each token, in ``[0, E)``.
         weights: ``[T, k]`` floating, the router's weights.
         gate_up: ``[E, tiles, bytes]`` uint8, packed ``[2I, H]`` an expert.
         down: ``[E, tiles, bytes]`` uint8, packed ``[H, I]`` an expert.
@@ -65,7 +66,8 @@ def _cpu(
     x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     intermediate: int, group_size: int, down_group_size: int, asymmetric: bool,
 ) -> torch.Tensor:  # fmt: skip
-    if x.stride(-1) != 1:
+    check_indices("index", index)
+    if x.dim() == 2 and x.stride(-1) != 1:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     try:

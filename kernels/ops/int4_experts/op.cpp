@@ -137,19 +137,23 @@ using tvm::ffi::TensorView;
 // out[t] = sum over choices j of weights[t, j] * down[e](silu(gate[e](x[t])) * up[e](x[t])), e = index[t, j]
 void int4_experts(TensorView x, TensorView index, TensorView weights, TensorView gate_up, TensorView down,
                   TensorView out, int64_t inner, int64_t group, int64_t down_group, bool asymmetric) {
+  check_shape("x", x, {-1, -1});
+  check_shape("index", index, {-1, -1});
+  check_shape("gate_up", gate_up, {-1, -1, -1});
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = gate_up.size(0), k = index.size(1);
   Experts m{quant_weight("gate_up", gate_up, 2 * inner, hidden, group, 4, asymmetric),
             quant_weight("down", down, hidden, inner, down_group, 4, asymmetric), 0, 0, experts};
   m.gate_up_bytes = m.gate_up.num_tiles() * m.gate_up.tile_bytes();
   m.down_bytes = m.down.num_tiles() * m.down.tile_bytes();
   check_cpu("x", x);
-  check_shape("x", x, {-1, hidden});
   check_shape("gate_up", gate_up, {-1, m.gate_up.num_tiles(), m.gate_up.tile_bytes()});
   check_shape("down", down, {experts, m.down.num_tiles(), m.down.tile_bytes()});
   check_shape("index", index, {tokens, -1});
+  check_cpu("index", index);
   check_contiguous("index", index);
   check_i64("index", index);
   check_shape("weights", weights, {tokens, k});
+  check_cpu("weights", weights);
   check_contiguous("weights", weights);
   if (float_dtype("weights", weights) != DType::kF32) TVM_FFI_THROW(ValueError) << "weights: expected dtype float32";
   const DType dtype = float_dtype("x", x);

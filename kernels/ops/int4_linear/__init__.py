@@ -11,7 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
-from llmopt.ops.int4_linear.layout import packed_shape
+from llmopt.ops.int4_linear.layout import as_rows, packed_shape
 
 __all__ = ["int4_linear"]
 
@@ -57,9 +57,7 @@ def _cpu(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int,
     asymmetric: bool,
 ) -> torch.Tensor:  # fmt: skip
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    flat = as_rows(x, out_features)
     y = torch.empty(flat.shape[0], out_features, dtype=x.dtype)
     try:
         native.library().int4_linear(flat, packed, bias, y, group_size, asymmetric)

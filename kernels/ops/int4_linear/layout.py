@@ -10,6 +10,8 @@ Letters: N out_features, K in_features, G groups, T tiles.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from llmopt.errors import InputError
@@ -35,6 +37,26 @@ def packed_shape(out_features: int, in_features: int, group_size: int, *, bits: 
     return tiles, tile_bytes(in_features, group_size, bits=bits, asymmetric=asymmetric)
 
 
+def as_rows(x: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Activations ``[..., K]`` as the ``[T, K]`` with a dense last dimension that the kernels read.
+
+    Raises:
+        InputError: x has no dimension, or ``out_features`` is not positive.
+    """
+    if x.dim() == 0:
+        raise InputError.argument("x", expected="shape [..., in_features]", got=())
+    if out_features < 1:
+        raise InputError.argument("out_features", expected="at least 1", got=out_features)
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def check_indices(name: str, index: torch.Tensor) -> None:
+    """Raises InputError for anything but integers: a float index would be cut off without a word."""
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise InputError.argument(name, expected="an integer dtype", got=index.dtype)
+
+
 def pack(
     q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *, group_size: int, bits: int
 ) -> torch.Tensor:
@@ -51,14 +73,19 @@ def pack(
         ``[..., T, tile_bytes]`` uint8.
 
     Raises:
-        InputError: a shape or the group size does not fit.
+        InputError: a shape, dtype or the group size does not fit, a code has more than ``bits`` bits, or a scale is
+            not finite in float16.
     """
     if group_size not in KERNEL_GROUPS:
         raise InputError.argument("group_size", expected="32, 64 or 128", got=group_size)
+    _check_codes(q, bits)
     *lead, n, k = q.shape
     groups = -(-k // group_size)
     if tuple(scales.shape) != (*lead, n, groups):
         raise InputError.argument("scales", expected=f"shape {(*lead, n, groups)}", got=tuple(scales.shape))
+    scales = scales.to(torch.float16)
+    if not torch.isfinite(scales).all():
+        raise InputError("scales: expected finite float16 values, got NaN, Inf or more than 65504")
     pad_n, pad_k = -n % TILE_ROWS, groups * group_size - k
     zero_point = 8 if bits == 4 else 128
     if zeros is None:
@@ -73,6 +100,16 @@ def pack(
     return torch.cat([header, _vectors(q, tiles, bits)], -1).contiguous()
 
 
+def _check_codes(q: torch.Tensor, bits: int) -> None:
+    if bits not in (4, 8):
+        raise InputError.argument("bits", expected="4 or 8", got=bits)
+    if q.dtype != torch.uint8 or q.dim() < 2:
+        raise InputError.argument("q", expected="uint8 of shape [..., N, K]", got=(q.dtype, tuple(q.shape)))
+    # a fifth bit would land in the neighbour's nibble
+    if bits == 4 and q.numel() and int(q.max()) > 15:
+        raise InputError.argument("q", expected="codes in [0, 15]", got=int(q.max()))
+
+
 def _header(scales: torch.Tensor, zeros: torch.Tensor | None, pad_n: int, tiles: int) -> torch.Tensor:
     *lead, _, groups = scales.shape
 
@@ -80,7 +117,7 @@ def _header(scales: torch.Tensor, zeros: torch.Tensor | None, pad_n: int, tiles:
         x = torch.nn.functional.pad(x, (0, 0, 0, pad_n)).reshape(*lead, tiles, TILE_ROWS, groups).transpose(-1, -2)
         return x.contiguous().view(torch.uint8).flatten(-2)
 
-    parts = [by_tile(scales.to(torch.float16))]
+    parts = [by_tile(scales)]
     if zeros is not None:
         parts.append(by_tile(zeros.to(torch.uint8)))
     size = sum(p.shape[-1] for p in parts)

@@ -9,7 +9,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
-from llmopt.ops.int4_linear.layout import packed_shape
+from llmopt.ops.int4_linear.layout import as_rows, check_indices, packed_shape
 
 __all__ = ["int8_linear", "quant_rows"]
 
@@ -45,9 +45,7 @@ def int8_linear(
 def _cpu(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int
 ) -> torch.Tensor:
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    flat = as_rows(x, out_features)
     y = torch.empty(flat.shape[0], out_features, dtype=x.dtype)
     try:
         native.library().int8_linear(flat, packed, bias, y, group_size)
@@ -68,6 +66,12 @@ _LIBRARY.impl("int8_linear", _cpu, "CPU")
 torch.library.register_fake("llmopt::int8_linear", _fake, lib=_LIBRARY)
 
 
+_LIBRARY.define(
+    "quant_rows(Tensor ids, Tensor packed, int out_features, int in_features, int group_size, int bits, "
+    "bool asymmetric) -> Tensor"
+)
+
+
 def quant_rows(
     ids: torch.Tensor, packed: torch.Tensor, *, out_features: int, in_features: int, group_size: int, bits: int,
     asymmetric: bool = False,
@@ -75,16 +79,51 @@ def quant_rows(
     """Rows of a packed weight, dequantized: the embedding lookup.
 
     Args:
-        ids: ``[...]`` int64 in ``[0, out_features)``.
-        packed: ``[T, tile_bytes]`` uint8.
+        ids: ``[...]`` of any integer dtype, in ``[0, out_features)``.
+        packed: ``[T, tile_bytes]`` uint8 from :func:`layout.pack`.
+        out_features: rows of the weight (entries of the table).
+        in_features: columns.
+        group_size: 32, 64 or 128.
+        bits: 4 or 8.
+        asymmetric: the packed weight carries zero points.
 
     Returns:
         ``[..., in_features]`` float32.
 
     Raises:
+        InputError: shapes or dtypes do not fit together.
         IndexError: an id is out of range.
+        NativeLibraryError: the compiled kernels are not installed.
     """
+    args = (ids, packed, out_features, in_features, group_size, bits, asymmetric)
+    if torch.compiler.is_compiling():
+        y: torch.Tensor = torch.ops.llmopt.quant_rows(*args)
+        return y
+    return _rows_cpu(*args)
+
+
+def _rows_cpu(
+    ids: torch.Tensor, packed: torch.Tensor, out_features: int, in_features: int, group_size: int, bits: int,
+    asymmetric: bool,
+) -> torch.Tensor:  # fmt: skip
+    check_indices("ids", ids)
+    if in_features < 1:
+        raise InputError.argument("in_features", expected="at least 1", got=in_features)
     y = torch.empty(ids.numel(), in_features, dtype=torch.float32)
     flat = ids.reshape(-1).to(torch.int64).contiguous()
-    native.library().quant_rows(flat, packed, y, out_features, group_size, bits, asymmetric)
+    try:
+        native.library().quant_rows(flat, packed, y, out_features, group_size, bits, asymmetric)
+    except ValueError as error:
+        raise InputError(f"quant_rows: {error}") from None
     return y.view(*ids.shape, in_features)
+
+
+def _rows_fake(
+    ids: torch.Tensor, packed: torch.Tensor, out_features: int, in_features: int, group_size: int, bits: int,
+    asymmetric: bool,
+) -> torch.Tensor:  # fmt: skip
+    return ids.new_empty(*ids.shape, in_features, dtype=torch.float32)
+
+
+_LIBRARY.impl("quant_rows", _rows_cpu, "CPU")
+torch.library.register_fake("llmopt::quant_rows", _rows_fake, lib=_LIBRARY)

@@ -12,8 +12,10 @@ void int8_linear(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::T
 void quant_rows(TensorView ids, TensorView packed, TensorView y, int64_t rows, int64_t group, int64_t bits,
                 bool asymmetric) {
   using namespace llmopt;
+  if (bits != 4 && bits != 8) TVM_FFI_THROW(ValueError) << "bits: expected 4 or 8, got " << bits;
   const int64_t tokens = ids.size(0), cols = y.size(1);
   const QuantWeight w = quant_weight("packed", packed, rows, cols, group, static_cast<int>(bits), asymmetric);
+  check_cpu("ids", ids);
   check_i64("ids", ids);
   check_shape("ids", ids, {-1});
   check_shape("packed", packed, {w.num_tiles(), w.tile_bytes()});

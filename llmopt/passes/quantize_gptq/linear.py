@@ -182,6 +182,7 @@ class QuantExperts(nn.Module):
         asymmetric: zero points are stored.
     """
 
+    is_packed = True  # tells models.base.resolve not to look for the 3-D parameters
     gate_up: torch.Tensor
     down: torch.Tensor
 

@@ -1,0 +1,125 @@
+"""Builds a published shape straight in int4, with random codes: for models whose bf16 weights do not fit into memory.
+
+No layer ever exists in bf16. Codes come from one random block tiled over every buffer, scales from the standard deviation
+the published config initializes with. Only speed can be measured on such a model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmopt.models import resolve_model, shapes
+from llmopt.models.base import ExpertsSite
+from llmopt.ops.int4_linear import layout
+from llmopt.passes.base import Coverage
+from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
+
+# prime, so that no two rows of a weight are equal
+_BLOCK_BYTES = 2**22 - 3
+# standard deviation of a uniform code around its middle: 4 bits, and 8 bits
+_CODE_STD = {4: 4.61, 8: 73.9}
+
+
+class _Codes:
+    """Makes packed buffers of random codes."""
+
+    def __init__(self, std: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.std = std
+        self.block = torch.randint(0, 256, (_BLOCK_BYTES,), dtype=torch.uint8, generator=generator)
+
+    def packed(self, name: str, n: int, k: int, group: int, *, bits: int, experts: int | None = None) -> torch.Tensor:
+        shape = layout.packed_shape(n, k, group, bits=bits, asymmetric=False)
+        buffer = torch.empty((experts, *shape) if experts else shape, dtype=torch.uint8)
+        flat, start, done = buffer.view(-1), zlib.crc32(name.encode()) % _BLOCK_BYTES, 0
+        while done < flat.numel():
+            count = min(_BLOCK_BYTES - start, flat.numel() - done)
+            flat[done : done + count] = self.block[start : start + count]
+            start, done = 0, done + count
+        header = -(-k // group) * layout.TILE_ROWS
+        scale = torch.full((header,), self.std / _CODE_STD[bits], dtype=torch.float16).view(torch.uint8)
+        buffer[..., : header * 2] = scale
+        return buffer
+
+
+@torch.no_grad()
+def build_quantized(shape: str, *, group_size: int = 128, head_bits: int = 8, seed: int = 0) -> tuple[Any, Coverage]:
+    """A model of a published shape with random int4 weights and an 8-bit (or 4-bit) head and embedding.
+
+    Args:
+        shape: name of a published shape.
+        group_size: 32, 64, 128 or -1.
+        head_bits: 8 or 4.
+        seed: of the codes, norms and routers.
+
+    Returns:
+        The model in eval mode, and what was quantized (before: as bf16; after: as packed).
+    """
+    model: Any = shapes.meta_model(shape)
+    resolved, coverage = resolve_model(model), Coverage()
+    std = float(model.config.initializer_range)
+    codes = _Codes(std, seed)
+    for layer in resolved.layers:
+        for site in layer.linears():
+            _linear(site.parent, site.attr, site.module, site.name, codes, coverage, group_size, 4)
+        if layer.experts is not None:
+            _experts(layer.experts, codes, coverage, group_size)
+    embedding, head = resolved.embedding, resolved.head
+    group = kernel_group_size(embedding.embedding_dim, 128)
+    table_bits = head_bits if resolved.tied else 8
+    module = _linear(head.parent, head.attr, head.module, head.name, codes, coverage, group, head_bits)
+    packed = module.packed if resolved.tied else codes.packed(
+        "embedding", embedding.num_embeddings, embedding.embedding_dim, group, bits=8
+    )  # fmt: skip
+    parent, attr = resolved.parent_of_embedding()
+    table = QuantEmbedding(
+        packed, num_embeddings=embedding.num_embeddings, embedding_dim=embedding.embedding_dim, bits=table_bits,
+        group_size=group, dtype=embedding.weight.dtype, padding_idx=embedding.padding_idx,
+    )  # fmt: skip
+    setattr(parent, attr, table)
+    coverage.share_of_weight_bytes = coverage.weight_bytes_before / shapes.parameter_bytes(shapes.config_for(shape))
+    shapes.materialize_(model, seed=seed, std=std)
+    model.llmopt_random_weights = True
+    return model.eval(), coverage
+
+
+def _count(coverage: Coverage, kind: str, numel: int, buffers: list[torch.Tensor]) -> None:
+    coverage.weight_bytes_before += 2 * numel
+    coverage.weight_bytes_after += sum(b.numel() for b in buffers)
+    coverage.touched += 1
+    coverage.implementations[kind] = "cpu kernels"
+
+
+def _linear(
+    parent: nn.Module, attr: str, linear: nn.Linear, name: str, codes: _Codes, coverage: Coverage, group_size: int,
+    bits: int,
+) -> QuantLinear:  # fmt: skip
+    n, k = linear.out_features, linear.in_features
+    bias = None if linear.bias is None else torch.zeros(n, dtype=linear.bias.dtype)
+    packed = codes.packed(name, n, k, kernel_group_size(k, group_size), bits=bits)
+    module = QuantLinear(
+        packed, bias, in_features=k, out_features=n, bits=bits, group_size=group_size, asymmetric=False
+    )
+    setattr(parent, attr, module)
+    _count(coverage, f"int{bits} linear", n * k, [packed])
+    return module
+
+
+def _experts(site: ExpertsSite, codes: _Codes, coverage: Coverage, group_size: int) -> None:
+    experts, hidden, inner = site.down.shape
+    gate_up = codes.packed(
+        f"{site.name}.gate_up", 2 * inner, hidden, kernel_group_size(hidden, group_size), bits=4, experts=experts
+    )
+    down = codes.packed(
+        f"{site.name}.down", hidden, inner, kernel_group_size(inner, group_size), bits=4, experts=experts
+    )
+    numel = site.gate_up.numel() + site.down.numel()
+    module = QuantExperts(
+        gate_up, down, hidden_dim=hidden, intermediate_dim=inner, group_size=group_size, asymmetric=False
+    )
+    setattr(site.parent, site.attr, module)
+    _count(coverage, "int4 experts", numel, [gate_up, down])
