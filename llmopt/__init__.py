@@ -15,12 +15,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmopt.measure.report import Report
-    from llmopt.loop import compare, load, optimize, report, restore, save
+    from llmopt.loop import optimize
+    from llmopt.verbs import compare, load, report, restore, save
 
 __all__ = ["Report", "compare", "errors", "load", "optimize", "report", "restore", "save"]
 
-_HOME = {name: "llmopt.loop" for name in ("compare", "load", "optimize", "report", "restore", "save")}
-_HOME["Report"] = "llmopt.measure.report"
+_HOME = {name: "llmopt.verbs" for name in ("compare", "load", "report", "restore", "save")}
+_HOME |= {"optimize": "llmopt.loop", "Report": "llmopt.measure.report"}
 
 
 def __getattr__(name: str) -> Any:

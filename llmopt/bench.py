@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-from llmopt import loop
+from llmopt import loop, verbs
 from llmopt.errors import InputError
 from llmopt.measure.baseline import ScaledBaseline
 from llmopt.measure.memory import available_bytes
@@ -47,21 +47,19 @@ def bench_shape(
     if fits(name, num_layers):
         model = shapes.build(name, num_layers=num_layers, seed=seed)
         loop.optimize(model, chosen, measure=measure, on_event=on_event, seed=seed, **settings)
-        return loop.report(model)
+        return verbs.report(model)
     if not chosen or not isinstance(chosen[0], QuantizeGptq):
         raise InputError(
             f"shape: {name} does not fit into memory in bfloat16; it can be measured with quantize_gptq among the passes, "
             "or with num_layers= for its first layers only"
         )
     options = chosen[0]
-    model, coverage = build_quantized(
-        name, group_size=options.group_size, head_bits=options.head_bits or 8, seed=seed
-    )
+    model, coverage = build_quantized(name, group_size=options.group_size, head_bits=options.head_bits or 8, seed=seed)
     layers, fewer = _depths(config)
     baseline = ScaledBaseline(name, layers=layers, fewer=fewer, total=config.num_hidden_layers, seed=seed)
     built = (options, Applied(Patch(), coverage, changes_numerics=True))
     loop.optimize_built(model, built, chosen[1:], baseline=baseline, measure=measure, on_event=on_event, seed=seed)
-    report = loop.report(model)
+    report = verbs.report(model)
     report.model["name"] = name
     del model
     gc.collect()
@@ -88,5 +86,7 @@ def _depths(config: Any) -> tuple[int, int]:
     room = _BASELINE_SHARE * available - rest - sum(sizes[:leading]) if available is not None else sum(sizes)
     most = min(leading + int(room / sizes[-1]), leading + _MOST_BASELINE_LAYERS, len(sizes))
     if most < leading + 2:
-        raise InputError(f"shape: not even {leading + 2} of its layers fit into memory in bfloat16 beside the int4 model")
+        raise InputError(
+            f"shape: not even {leading + 2} of its layers fit into memory in bfloat16 beside the int4 model"
+        )
     return most, leading + 1

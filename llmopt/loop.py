@@ -1,22 +1,32 @@
-"""The one loop: check -> apply -> verify -> measure -> keep | undo, and the functions around it."""
+"""The one loop: check -> apply -> verify -> measure -> keep | undo."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 
-from llmopt.errors import CalibrationError, InputError, LlmoptError, ModelStateError, PassError
+from llmopt import native
+from llmopt.errors import (
+    CalibrationError,
+    InputError,
+    LlmoptError,
+    ModelStateError,
+    NativeLibraryError,
+    PassError,
+)
 from llmopt.measure import stats, timing
 from llmopt.measure.baseline import Baseline
-from llmopt.measure.quality import Reference, choose_rows, compare as compare_quality, reference
-from llmopt.measure.report import PassRow, Quality, Report
+from llmopt.measure.quality import Reference, choose_rows, reference
+from llmopt.measure.quality import compare as compare_quality
+from llmopt.measure.report import PassRow, Quality
+from llmopt.model_state import STATES, State
 from llmopt.models import resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.validate import validate_model
@@ -32,20 +42,6 @@ MeasureLevel = Literal[True, False, "full"]
 
 # a change of less than this share is no difference, however narrow the interval
 MARGIN = 0.01
-
-
-@dataclasses.dataclass(slots=True)
-class _State:
-    """What llmopt knows of an optimized model."""
-
-    resolved: ResolvedModel
-    stages: Stages
-    kept: list[tuple[Pass, Applied]]
-    originals: Originals
-    report: Report
-
-
-_STATES: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
 
 
 def optimize(
@@ -86,7 +82,7 @@ def optimize(
         raise InputError.argument("measure", expected="True, False or 'full'", got=measure)
     if quality_budget is not None and not quality_budget > 0:
         raise InputError.argument("quality_budget", expected="a positive KL divergence in nats", got=quality_budget)
-    if model in _STATES:
+    if model in STATES:
         raise ModelStateError("model: already optimized; call llmopt.restore(model) first")
     resolved = validate_model(model)
     run = _Run(resolved, chosen, measure, quality_budget, strict, on_event or (lambda event: None), seed)
@@ -109,7 +105,7 @@ def optimize_built(
     run.baseline, run.kept = baseline, [built]
     run.prepare_rows(None)
     run.notes.append(baseline.note)
-    row = PassRow(item.name, "kept", "built directly in int4 from random codes", dataclasses.asdict(item))
+    row = PassRow(item.name, "kept", "built directly in int4 from random codes", item.options())
     row.coverage = dataclasses.asdict(applied.coverage)
     run.rows.append(row)
     _finish(run, False)
@@ -118,7 +114,7 @@ def optimize_built(
 
 def _finish(run: _Run, calibrated: bool) -> None:
     try:
-        _STATES[run.resolved.model] = run.run(calibrated)
+        STATES[run.resolved.model] = run.run(calibrated)
     except BaseException:
         run.stages.as_given()
         raise
@@ -178,8 +174,10 @@ class _Run:
 
     # ---- the loop
 
-    def run(self, calibrated: bool) -> _State:
+    def run(self, calibrated: bool) -> State:
         started = time.perf_counter()
+        if self.resolved.device.type == "cpu" and not native.available():
+            self.notes.append(_say_no_kernels())
         receipt = Receipt(self.resolved, self.stages, self.emit, self.random, self.baseline)
         ctx = PassContext(
             self.resolved, self.resolved.device, self.emit, calibration=self.calibration,
@@ -187,7 +185,7 @@ class _Run:
         )  # fmt: skip
         if self.measure:
             self.emit(Event("stage", "baseline", "recording the eager baseline"))
-            ids = choose_rows(self.held_out, int(self.resolved.model.config.vocab_size))
+            ids = choose_rows(self.held_out, self.resolved.vocab_size)
             self.stages.show((), EAGER)
             self.quality_ref = reference(self.resolved, ids)
             self.last_quality = compare_quality(self.resolved, self.quality_ref)
@@ -202,14 +200,14 @@ class _Run:
         if originals.num_bytes:
             self.notes.append(originals.spill())
         report = receipt.report(self.rows, self.notes, self._settings(calibrated), time.perf_counter() - started)
-        return _State(self.resolved, self.stages, self.kept, originals, report)
+        return State(self.resolved, self.stages, self.kept, originals, report)
 
     def _patches(self) -> list[Patch]:
         return [applied.patch for _, applied in self.kept]
 
     def _one_pass(self, item: Pass, ctx: PassContext, receipt: Receipt) -> PassRow:
         self.emit(Event("stage", item.name, "checking"))
-        options = {k: v for k, v in dataclasses.asdict(item).items()} if dataclasses.is_dataclass(item) else {}
+        options = item.options()
         verdict = item.check(ctx)
         if not verdict.applies:
             return self._not_kept(PassRow(item.name, "not applicable", verdict.reason, options))
@@ -247,7 +245,8 @@ class _Run:
 
     def _judge(self, row: PassRow, applied: Applied, receipt: Receipt) -> None:
         """Verify outputs, then time against the stage before; fills the row and decides."""
-        assert self.quality_ref is not None and self.last_quality is not None
+        assert self.quality_ref is not None
+        assert self.last_quality is not None
         self.emit(Event("stage", row.name, "verifying against the baseline's logits"))
         quality = compare_quality(self.resolved, self.quality_ref)
         row.quality = None if self.random else quality
@@ -276,9 +275,7 @@ class _Run:
             # an exact pass may move the last bits, no more
             slack = 1e-5 if self.resolved.dtype == torch.float32 else 5e-3
             if quality.mean_kl > 1.25 * self.last_quality.mean_kl + slack:
-                return (
-                    f"outputs changed: mean KL {quality.mean_kl:.3g} nats against {self.last_quality.mean_kl:.3g} before"
-                )
+                return f"outputs changed: mean KL {quality.mean_kl:.3g} nats against {self.last_quality.mean_kl:.3g} before"
         if self.budget is not None and not self.random and quality.mean_kl > self.budget:
             return f"outside the quality budget: mean KL {quality.mean_kl:.3g} nats, allowed {self.budget:.3g}"
         return ""
@@ -306,6 +303,18 @@ def judge_speed(whole: Any, prompt_tokens: int, decode_tokens: int) -> tuple[Lit
     return "kept", f"no difference beyond noise: {figures}"
 
 
+@functools.cache
+def _say_no_kernels() -> str:
+    """Warns once a process; the receipt always says it."""
+    try:
+        native.library()
+    except NativeLibraryError as error:
+        message = f"running on PyTorch alone: {error}"
+        warnings.warn(f"llmopt: {message}", stacklevel=5)
+        return message
+    raise AssertionError("called although the kernels can be loaded")
+
+
 def _break_even(apply_s: float, before: timing.Samples, after: timing.Samples) -> float | None:
     saved_ms = stats.interval(before.decode_ms).value - stats.interval(after.decode_ms).value
     return apply_s * 1e3 / saved_ms if saved_ms > 0 else None
@@ -313,122 +322,4 @@ def _break_even(apply_s: float, before: timing.Samples, after: timing.Samples) -
 
 def _random_rows(resolved: ResolvedModel, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    vocab = int(resolved.model.config.vocab_size)
-    return list(torch.randint(0, vocab, (10, calibrate.ROW_TOKENS), generator=generator))
-
-
-# ---- around the loop
-
-
-def _state(model: Any) -> _State:
-    if model not in _STATES:
-        raise InputError("model: not optimized by llmopt in this process (or restored since)")
-    return _STATES[model]
-
-
-def report(model: Any) -> Report:
-    """The receipt of an optimized model."""
-    return _state(model).report
-
-
-def restore(model: Any) -> Any:
-    """Undo every pass. The model is bit for bit what it was before :func:`optimize`; returns it.
-
-    Raises:
-        InputError: the model is not optimized, or was loaded quantized (there is nothing to go back to).
-    """
-    state = _state(model)
-    state.originals.bring_back()
-    state.stages.as_given()
-    del _STATES[model]
-    return model
-
-
-def save(model: Any, directory: str | Path, *, tokenizer: Any = None) -> Path:
-    """Write an optimized (or plain) model as a standard checkpoint, with llmopt.json beside it.
-
-    Args:
-        model: optimized, loaded by :func:`load`, or a plain supported model.
-        directory: made, or replaced if it holds a checkpoint; an existing one survives any failure.
-        tokenizer: saved along; None takes the one beside the original weights, if any.
-    """
-    from llmopt import checkpoint
-
-    if model not in _STATES:
-        return checkpoint.save(model, directory, tokenizer=tokenizer)
-    state = _STATES[model]
-    originals = {}
-    family = state.resolved.family
-    for path, module in ((family.embedding, state.resolved.embedding), (family.head, state.resolved.head.module)):
-        # a model loaded quantized has no originals; the writer then stores what the packed bytes stand for
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
-            originals[f"{path}.weight"] = state.originals.tensor(module.weight)
-    applied = {p.name: dataclasses.asdict(p) for p, _ in state.kept if dataclasses.is_dataclass(p)}
-    return checkpoint.save(
-        model, directory, tokenizer=tokenizer, originals=originals, passes=applied, report=state.report
-    )
-
-
-def load(directory: str | Path, *, passes: Sequence[str | Pass] | Literal["saved"] | None = "saved") -> Any:
-    """Read a checkpoint: ours, GPTQ ones by AutoGPTQ or GPTQModel, or a plain one. Local files only.
-
-    Args:
-        directory: holds config.json and safetensors.
-        passes: "saved" applies again, unmeasured, what llmopt.json records (int4 weights are in the file already);
-            a sequence applies those; None applies nothing.
-
-    Raises:
-        CheckpointError: names the file and what is wrong with it.
-    """
-    from llmopt import checkpoint
-
-    model = checkpoint.load(directory)
-    recorded = checkpoint.recorded_passes(directory) if passes == "saved" else passes
-    again = [p for p in choose_recorded(recorded) if not p.needs_calibration]
-    if again:
-        _apply_unmeasured(model, again)
-    return model
-
-
-def choose_recorded(recorded: Any) -> list[Pass]:
-    """Passes from names, objects, or the ``{name: options}`` of llmopt.json."""
-    from llmopt.passes import PASSES
-
-    if not isinstance(recorded, Mapping):
-        return choose(recorded or ())
-    unknown = [name for name in recorded if name not in PASSES]
-    if unknown:
-        raise InputError(f"llmopt.json: expected passes among {', '.join(PASSES)}, got {unknown[0]!r}")
-    return choose([PASSES[n](**{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()})
-                   for n, o in recorded.items()])  # fmt: skip
-
-
-def _apply_unmeasured(model: Any, passes: list[Pass]) -> None:
-    resolved = resolve_model(model)
-    ctx = PassContext(resolved, next(model.buffers()).device, lambda event: None)
-    for item in passes:
-        verdict = item.check(ctx)
-        if not verdict.applies:
-            _LOG.warning("%s: not applied again: %s", item.name, verdict.reason)
-            continue
-        item.apply(ctx).patch.enable()
-
-
-def compare(models: Mapping[str, Any], **settings: Any) -> list[Report]:
-    """Receipts of several models, for a table side by side (:func:`llmopt.measure.views.print_compare`).
-
-    Args:
-        models: name -> model. Optimized ones give the receipt they have; others are optimized first, with ``settings``
-            as for :func:`optimize`.
-    """
-    if not models:
-        raise InputError.argument("models", expected="at least one model", got=models)
-    reports = []
-    for name, model in models.items():
-        if model not in _STATES:
-            optimize(model, **settings)
-        receipt = report(model)
-        receipt.model["name"] = name
-        reports.append(receipt)
-    return reports
-
+    return list(torch.randint(0, resolved.vocab_size, (10, calibrate.ROW_TOKENS), generator=generator))

@@ -64,7 +64,12 @@ class Receipt:
         return Memory(weights=module_bytes(self.resolved.model))
 
     def measure_ladder(
-        self, prompt: Callable[[int], torch.Tensor], rows: list[PassRow], kept: list[tuple[Pass, Applied]], *, full: bool
+        self,
+        prompt: Callable[[int], torch.Tensor],
+        rows: list[PassRow],
+        kept: list[tuple[Pass, Applied]],
+        *,
+        full: bool,
     ) -> None:
         """One interleaved run over baseline, stock and every kept stage; fills the rows."""
         started = time.perf_counter()
@@ -132,9 +137,7 @@ class Receipt:
             if bandwidth is not None and row.timing is not None:
                 row.bandwidth_fraction = read / (row.timing.decode_ms.value * 1e-3) / (bandwidth.value * 1e9)
 
-    def report(
-        self, rows: list[PassRow], notes: list[str], settings: dict[str, Any], total_s: float
-    ) -> Report:
+    def report(self, rows: list[PassRow], notes: list[str], settings: dict[str, Any], total_s: float) -> Report:
         """The finished record."""
         config: Any = self.resolved.model.config
         stock = self.stages.given if self.stages.given != EAGER else STOCK
@@ -149,14 +152,24 @@ class Receipt:
             },
             environment=environment.capture(),
             settings={
-                **settings, "prompt_tokens": self.plan.prompt_tokens, "decode_tokens": self.plan.decode_tokens,
-                "rounds": self.rounds, "request_tokens": self.request_tokens, "total_s": round(total_s, 1),
-            },  # fmt: skip
-            baseline=self.baseline, stock=self.stock, stock_gain=self.stock_gain,
+                **settings,
+                "prompt_tokens": self.plan.prompt_tokens,
+                "decode_tokens": self.plan.decode_tokens,
+                "rounds": self.rounds,
+                "request_tokens": self.request_tokens,
+                "total_s": round(total_s, 1),
+            },
+            baseline=self.baseline,
+            stock=self.stock,
+            stock_gain=self.stock_gain,
             stock_implementations={"attention": stock[0], "experts": stock[1]} if self.stock else {},
-            baseline_quality=self.baseline_quality, baseline_memory=self.baseline_memory, passes=rows,
-            ceilings=self.ceilings, notes=notes, measured_s=round(self.measured_s, 1),
-        )  # fmt: skip
+            baseline_quality=self.baseline_quality,
+            baseline_memory=self.baseline_memory,
+            passes=rows,
+            ceilings=self.ceilings,
+            notes=notes,
+            measured_s=round(self.measured_s, 1),
+        )
 
 
 def _ceiling_meter() -> CeilingMeter | None:

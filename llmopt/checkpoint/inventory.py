@@ -101,8 +101,8 @@ class Inventory:
         group_size = self._group_size(name, settings, k)
         shapes = gptq_format.shapes(n, k, 1 if group_size == -1 else -(-k // group_size), bits)
         self.take([f"{name}.qweight"], shapes["qweight"], (torch.int32,))
-        self.take([f"{name}.qzeros"], shapes["qzeros"], (torch.int32,))
         self.take([f"{name}.scales"], shapes["scales"])
+        self.take([f"{name}.qzeros"], shapes["qzeros"], (torch.int32,))
         # files from before activation order have none
         if f"{name}.g_idx" in self:
             self.take([f"{name}.g_idx"], shapes["g_idx"], (torch.int32, torch.int64))

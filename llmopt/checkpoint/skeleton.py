@@ -80,19 +80,23 @@ def build(files: CheckpointFiles, family: ModelFamily, dtype: torch.dtype | None
     Raises:
         CheckpointError: the config has a value that no model can have, or that transformers refuses.
     """
-    path = files.directory / CONFIG
-    check_numbers(path, files.config, family)
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    path = files.directory / CONFIG
+    config_class = CONFIG_MAPPING[family.model_type]
+    check_sizes(path, files.config, family, config_class.attribute_map)
     data = {k: v for k, v in files.config.items() if k not in _DROPPED and not k.startswith("_")}
     data.pop("torch_dtype", None)
     data["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
     try:
-        config = CONFIG_MAPPING[family.model_type].from_dict(data)
+        config = config_class.from_dict(data)
+        _check_relations(path, config, family)
         config._name_or_path = str(files.directory)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         resolved = resolve(model, family)
+    except CheckpointError:
+        raise
     except _CONFIG_ERRORS as error:
         raise CheckpointError(f"{path}: not a config that a model can be built from: {_first_line(error)}") from error
     model.generation_config = _generation_config(files.directory, model.generation_config)
@@ -124,35 +128,49 @@ def fill_computed_buffers(resolved: ResolvedModel, device: torch.device) -> None
     setattr(resolved.model.get_submodule(parent), attr, fresh.eval())
 
 
-def check_numbers(path: Path, config: dict[str, Any], family: ModelFamily) -> None:
-    """Refuse sizes that are not positive integers within reason, and combinations that cannot be.
+def check_sizes(path: Path, config: dict[str, Any], family: ModelFamily, aliases: dict[str, str]) -> None:
+    """Refuse sizes that are not integers within reason, before anything is built from them.
+
+    Args:
+        path: of the config, for the message.
+        config: the parsed JSON.
+        family: names the key of the number of experts.
+        aliases: other names of keys that the config class takes.
 
     Raises:
         CheckpointError: names the key.
     """
-    limits = dict(_LIMITS)
-    limits.update(dict.fromkeys(_MAY_BE_ZERO, _MAX_SHARED))
+    limits = _LIMITS | dict.fromkeys(_MAY_BE_ZERO, _MAX_SHARED)
     if family.moe is not None:
         limits[family.moe.num_experts_key] = _MAX_EXPERTS
+    for alias, key in aliases.items():
+        if alias in limits or key in limits:
+            limits[alias] = limits[key] = limits.get(alias, limits.get(key, 0))
+        if config.get(alias, config.get(key)) != config.get(key, config.get(alias)):
+            raise CheckpointError(
+                f"{path}: {alias}: expected {config[key]!r:.80} as in {key}, its other name, got {config[alias]!r:.80}"
+            )
     for key, limit in limits.items():
         value, low = config.get(key), 0 if key in _MAY_BE_ZERO else 1
         # absent and null mean the family's default
         if value is not None and not (type(value) is int and low <= value <= limit):
-            raise CheckpointError(f"{path}: {key}: expected an integer in {low}..{limit}, got {value!r}")
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
-        raise CheckpointError(f"{path}: num_key_value_heads: expected a divisor of {heads} heads, got {kv_heads}")
-    if family.moe is not None:
-        experts = config.get(family.moe.num_experts_key)
-        for key in ("num_experts_per_tok", "moe_k"):
-            if experts and config.get(key) and config[key] > experts:
-                raise CheckpointError(f"{path}: {key}: expected at most {experts} (all experts), got {config[key]}")
+            raise CheckpointError(f"{path}: {key}: expected an integer in {low}..{limit}, got {value!r:.80}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for where in (config, rope if isinstance(rope, dict) else {}):
         factor = where.get("partial_rotary_factor")
         # it scales a buffer that is allocated for real
         if factor is not None and not (isinstance(factor, int | float) and 0 < factor <= 1):
             raise CheckpointError(f"{path}: partial_rotary_factor: expected a share in (0, 1], got {factor!r}")
+
+
+def _check_relations(path: Path, config: Any, family: ModelFamily) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise CheckpointError(f"{path}: num_key_value_heads: expected a divisor of {heads} heads, got {kv_heads}")
+    if family.moe is not None:
+        experts, chosen = getattr(config, family.moe.num_experts_key), config.num_experts_per_tok
+        if chosen > experts:
+            raise CheckpointError(f"{path}: num_experts_per_tok: expected at most {experts} (all), got {chosen}")
 
 
 def _generation_config(root: Path, default: Any) -> Any:

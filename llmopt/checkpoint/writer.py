@@ -153,6 +153,10 @@ def _write_configs(work: Path, model: Any, plan: Plan, *, dtype: str, v2: bool) 
         config.pop(key, None)
     config.pop("torch_dtype", None)
     config |= {"architectures": [type(model).__name__], "dtype": dtype}
+    moe = family_for(model.config.model_type).moe
+    if moe is not None:
+        # new versions of transformers write another name, which old ones do not know
+        config[moe.num_experts_key] = getattr(model.config, moe.num_experts_key)
     if plan.quantized:
         config["quantization_config"] = quantization_config(
             plan.quantized, plan.left_out, desc_act=plan.desc_act, v2=v2

@@ -70,12 +70,10 @@ class ScaledBaseline:
         self.layers, self.fewer, self.total = layers, fewer, total
         whole = shapes.meta_model(shape)
         self.parameters: int | None = sum(p.numel() for p in whole.parameters())
-        self.weight_bytes: int | None = shapes.parameter_bytes(whole.config)
         self._model: Any = shapes.build(shape, num_layers=layers, seed=seed)
-        self.note = (
-            f"the bfloat16 model ({shapes.parameter_bytes(whole.config) / 1e9:.1f} GB) does not fit into memory: its baseline was measured "
-            f"on {layers} and {fewer} of {total} layers, in the same rounds, and scaled by layers"
-        )
+        size = shapes.parameter_bytes(whole.config)
+        self.weight_bytes: int | None = size
+        self.note = f"the bfloat16 model ({size / 1e9:.1f} GB) does not fit into memory: its baseline was measured on {layers} and {fewer} of {total} layers, in the same rounds, and scaled by layers"
 
     def ladder(self) -> dict[str, Show]:
         return {

@@ -147,7 +147,9 @@ class Report:
         text = Path(source).read_text(encoding="utf-8") if not str(source).lstrip().startswith("{") else str(source)
         data = json.loads(text)
         if data.get("schema_version") != SCHEMA_VERSION:
-            raise InputError.argument("report schema_version", expected=str(SCHEMA_VERSION), got=data.get("schema_version"))
+            raise InputError.argument(
+                "report schema_version", expected=str(SCHEMA_VERSION), got=data.get("schema_version")
+            )
         report: Report = _build(cls, data)
         return report
 
@@ -186,7 +188,9 @@ def _build(kind: Any, value: Any) -> Any:
         return _build(next(a for a in args if a is not type(None)), value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
-        return kind(**{f.name: _build(hints[f.name], value[f.name]) for f in dataclasses.fields(kind) if f.name in value})
+        return kind(
+            **{f.name: _build(hints[f.name], value[f.name]) for f in dataclasses.fields(kind) if f.name in value}
+        )
     if origin is list:
         return [_build(args[0], v) for v in value]
     return value

@@ -90,7 +90,7 @@ def interleaved(
     prompt: torch.Tensor,
     plan: Plan,
     *,
-    every_round: Callable[[], None] | None = None,
+    every_round: Callable[[], object] | None = None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Samples]:
     """Run rounds of all stages until the budget is spent.

@@ -165,12 +165,17 @@ class ResolvedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The model's own dtype: that of its norms, which no pass touches."""
-        dtype: torch.dtype = self.final_norm.weight.dtype  # type: ignore[union-attr,assignment]
+        dtype: torch.dtype = self.final_norm.weight.dtype  # type: ignore[assignment]
         return dtype
 
     @property
+    def vocab_size(self) -> int:
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
+
+    @property
     def device(self) -> torch.device:
-        device: torch.device = self.final_norm.weight.device  # type: ignore[union-attr,assignment]
+        device: torch.device = self.final_norm.weight.device  # type: ignore[assignment]
         return device
 
     def parent_of_embedding(self) -> tuple[nn.Module, str]:

@@ -7,6 +7,7 @@ and give back a bit-exact model.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -164,6 +165,10 @@ class Pass(ABC):
     name: ClassVar[str]
     phase: ClassVar[Phase]
     needs_calibration: ClassVar[bool] = False
+
+    def options(self) -> dict[str, Any]:
+        """The fields and their values, JSON-serialisable."""
+        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
 
     @abstractmethod
     def check(self, ctx: PassContext) -> Verdict:

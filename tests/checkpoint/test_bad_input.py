@@ -250,10 +250,11 @@ def test_model_type(copy: Callable[[str], Path], value: Any) -> None:
 @pytest.mark.parametrize(
     "key",
     ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim",
-     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "intermediate_size"],
+     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "intermediate_size"],
 )  # fmt: skip
 def test_absurd_numbers(copy: Callable[[str], Path], key: str, value: Any) -> None:
     directory = copy("plain")
+    edit_config(directory, num_experts=..., num_local_experts=...)
     edit_config(directory, **{key: value})
     refused(directory, f"config.json: {key}: expected an integer in 1..")
 
@@ -263,6 +264,7 @@ def test_absurd_numbers(copy: Callable[[str], Path], key: str, value: Any) -> No
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: expected at most 8"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4"),
+        ({"num_experts": 8, "num_local_experts": 16}, "num_experts: expected 16 as in num_local_experts"),
         ({"partial_rotary_factor": 1e12}, "partial_rotary_factor: expected a share"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": -1}}, "partial_rotary_factor"),
         ({"dtype": "float8_e4m3fn"}, "dtype: expected float32 | bfloat16 | float16"),
@@ -355,7 +357,7 @@ def test_more_layers_than_the_config_says(copy: Callable[[str], Path]) -> None:
 )  # fmt: skip
 def test_sizes_that_disagree_with_the_config(copy: Callable[[str], Path], kind: str, key: str, value: int) -> None:
     directory = copy(kind)
-    edit_config(directory, **{key: value})
+    edit_config(directory, **{key: value, **({"num_local_experts": value} if key == "num_experts" else {})})
     refused(directory, "expected")
 
 

@@ -39,7 +39,7 @@ def make_inputs(case: Case, seed: int) -> Inputs:
 
 
 def bytes_moved(*, x: torch.Tensor, index: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, **_: object) -> int:
-    hit = index.unique().numel()
+    hit: int = torch.unique(index).numel()
     return hit * (gate_up[0].numel() + down[0].numel()) + 2 * x.numel() * x.element_size()
 
 
@@ -55,10 +55,21 @@ SPEC = OpSpec(
     cases=(
         Case("one_token", {"tokens": 1, "experts": 4, "top_k": 2, "hidden": 128, "intermediate": 64, "down_group": 64}),
         Case("no_tokens", {"tokens": 0, "experts": 4, "top_k": 2, "hidden": 128, "intermediate": 128}),
-        Case("top_1", {"tokens": 3, "experts": 2, "top_k": 1, "hidden": 64, "intermediate": 32, "group": 32, "down_group": 32}),
-        Case("all_experts", {"tokens": 5, "experts": 3, "top_k": 3, "hidden": 128, "intermediate": 96, "down_group": 32}),
-        Case("odd_sizes", {"tokens": 7, "experts": 5, "top_k": 2, "hidden": 72, "intermediate": 40, "group": 64, "down_group": 32}),
-        Case("asymmetric", {"tokens": 33, "experts": 8, "top_k": 2, "hidden": 256, "intermediate": 128, "asymmetric": True}),
+        Case(
+            "top_1",
+            {"tokens": 3, "experts": 2, "top_k": 1, "hidden": 64, "intermediate": 32, "group": 32, "down_group": 32},
+        ),
+        Case(
+            "all_experts", {"tokens": 5, "experts": 3, "top_k": 3, "hidden": 128, "intermediate": 96, "down_group": 32}
+        ),
+        Case(
+            "odd_sizes",
+            {"tokens": 7, "experts": 5, "top_k": 2, "hidden": 72, "intermediate": 40, "group": 64, "down_group": 32},
+        ),
+        Case(
+            "asymmetric",
+            {"tokens": 33, "experts": 8, "top_k": 2, "hidden": 256, "intermediate": 128, "asymmetric": True},
+        ),
         Case("many_tokens", {"tokens": 61, "experts": 4, "top_k": 2, "hidden": 128, "intermediate": 128}),
         Case(
             "deepseek_v2_lite_t1",

@@ -31,7 +31,9 @@ def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool
     return header + groups * group_size * 2 * bits
 
 
-def packed_shape(out_features: int, in_features: int, group_size: int, *, bits: int, asymmetric: bool) -> tuple[int, int]:
+def packed_shape(
+    out_features: int, in_features: int, group_size: int, *, bits: int, asymmetric: bool
+) -> tuple[int, int]:
     """Shape of the uint8 tensor that holds a weight ``[out_features, in_features]``."""
     tiles = -(-out_features // TILE_ROWS)
     return tiles, tile_bytes(in_features, group_size, bits=bits, asymmetric=asymmetric)

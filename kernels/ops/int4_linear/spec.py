@@ -32,7 +32,9 @@ def make_inputs(case: Case, seed: int) -> Inputs:
     }
 
 
-def bytes_moved(*, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, **_: object) -> int:
+def bytes_moved(
+    *, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, **_: object
+) -> int:
     size = x.element_size()
     return packed.numel() + x.numel() * size + x.shape[0] * out_features * size
 
@@ -61,7 +63,10 @@ _ODD = (
     Case("odd_k", {"tokens": 4, "n": 33, "k": 63, "group": 64, "asymmetric": True, "bias": True}),
     Case("asymmetric", {"tokens": 1, "n": 64, "k": 512, "group": 128, "asymmetric": True, "bias": True}),
     Case("asymmetric_many", {"tokens": 29, "n": 80, "k": 320, "group": 32, "asymmetric": True}),
-    *(Case(f"tokens_{t}", {"tokens": t, "n": 96, "k": 384, "group": 128}) for t in (2, 3, 7, 8, 11, 12, 13, 23, 24, 25, 63)),
+    *(
+        Case(f"tokens_{t}", {"tokens": t, "n": 96, "k": 384, "group": 128})
+        for t in (2, 3, 7, 8, 11, 12, 13, 23, 24, 25, 63)
+    ),
     *(Case(f"group_{g}", {"tokens": 1, "n": 48, "k": 768, "group": g}) for g in (32, 64, 128)),
 )
 _REAL = (

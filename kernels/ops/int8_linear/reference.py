@@ -11,6 +11,4 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, *, out_features: int, group_size: int
 ) -> torch.Tensor:
     """``x [T, K] @ dequantize(packed) [N, K].T + bias``, activations quantized per token and group, fp32 inside."""
-    return reference.linear(
-        x, packed, bias, out_features=out_features, group_size=group_size, asymmetric=False, bits=8
-    )
+    return reference.linear(x, packed, bias, out_features=out_features, group_size=group_size, asymmetric=False, bits=8)

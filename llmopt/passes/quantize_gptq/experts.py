@@ -69,9 +69,7 @@ def solve_experts(
     per_batch = max(1, _HESSIAN_BYTES // (4 * max(hidden.shape[1], inner) ** 2))
     for start in range(0, num_experts, per_batch):
         batch = slice(start, min(start + per_batch, num_experts))
-        shares = [
-            _share(e, hidden, index, weights, min_tokens, generator) for e in range(batch.start, batch.stop)
-        ]
+        shares = [_share(e, hidden, index, weights, min_tokens, generator) for e in range(batch.start, batch.stop)]
         name = f"{site.name}[{batch.start}:{batch.stop}]"
         options = {"grid": grid, "group_size": group_size, "damp": damp}
         up = solve(site.gate_up[batch], _hessians(shares), name=f"{name}.{site.spec.gate_up}", **options)  # type: ignore[arg-type]

@@ -118,9 +118,7 @@ class QuantLinear(nn.Module):
                 x, self.packed, self.bias, out_features=self.out_features, group_size=self.kernel_group,
                 asymmetric=self.asymmetric,
             )  # fmt: skip
-        return int8_linear(
-            x, self.packed, self.bias, out_features=self.out_features, group_size=self.kernel_group
-        )
+        return int8_linear(x, self.packed, self.bias, out_features=self.out_features, group_size=self.kernel_group)
 
     def extra_repr(self) -> str:
         return (

@@ -12,6 +12,7 @@ import torch
 from llmopt.ops.gptq_round import search_scales
 from llmopt.ops.gptq_round.reference import to_codes, to_float16_grid
 
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Codes a weight may take: 0 .. 2**bits - 1, symmetric around 2**(bits-1) or with a zero point of its own."""
@@ -21,11 +22,11 @@ class Grid:
 
     @property
     def top(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
 
 def round_to_nearest(

@@ -22,7 +22,7 @@ from llmopt.models.base import LinearSite, ResolvedModel
 _BATCH_TOKENS = 2048
 
 
-class _Captured(Exception):  # noqa: N818  not an error: ends the forward pass once the first block's input is known
+class _Captured(Exception):
     pass
 
 
@@ -139,7 +139,8 @@ def routed_tokens(block: nn.Module, inputs: BlockInputs, experts: nn.Module, nam
     seen = RoutedTokens()
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, Any]) -> None:
-        hidden, index, weights = (*args, *(named[k] for k in list(named)[: 3 - len(args)]))
+        tensors: list[torch.Tensor] = [*args, *list(named.values())[: 3 - len(args)]]
+        hidden, index, weights = tensors
         seen.hidden.append(hidden.reshape(-1, hidden.shape[-1]))
         seen.index.append(index)
         seen.weights.append(weights.float())

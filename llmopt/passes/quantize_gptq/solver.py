@@ -13,6 +13,7 @@ Letters: b batch, N rows, K columns, G groups; H Hessian, U upper Cholesky facto
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -73,9 +74,7 @@ def solve(
     loss = (difference @ h).mul_(difference).sum((1, 2))
     back = torch.argsort(order, dim=1)
     q = torch.gather(q, 2, back[:, None, :].expand_as(q)).to(torch.uint8)
-    return Solution(
-        q, scales.to(torch.float16), None if grid.symmetric else zeros.to(torch.uint8), loss, used
-    )
+    return Solution(q, scales.to(torch.float16), None if grid.symmetric else zeros.to(torch.uint8), loss, used)
 
 
 def _check_finite(w: torch.Tensor, hessian: torch.Tensor, name: str) -> None:
@@ -162,7 +161,7 @@ def _spans(groups: torch.Tensor, size: int, k: int) -> list[tuple[int, int]]:
     changes = (groups[:, 1:] != groups[:, :-1]).any(0).nonzero().flatten() + 1
     cuts = [0, *changes.tolist(), k]
     spans = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         spans += [(s, min(s + _BLOCK, b)) for s in range(a, b, _BLOCK)]
     return spans
 
