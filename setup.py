@@ -34,7 +34,8 @@ class CMakeBuild(build_ext):
         if missing := missing_tools():
             self.warn(f"not found: {missing}; llmopt installs without compiled kernels (see `llmopt doctor`)")
             return
-        build = Path(self.build_temp).resolve() / "cmake"
+        # an editable install gets a temporary build_temp, which would compile everything each time
+        build = (ROOT / "build" if self.editable_mode else Path(self.build_temp).resolve()) / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         # the path is given each time: pip's isolated environments come and go, and CMake remembers

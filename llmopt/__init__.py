@@ -14,13 +14,13 @@ from llmopt import errors
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llmopt.measure.report import Report
     from llmopt.loop import optimize
+    from llmopt.measure.report import Report
     from llmopt.verbs import compare, load, report, restore, save
 
 __all__ = ["Report", "compare", "errors", "load", "optimize", "report", "restore", "save"]
 
-_HOME = {name: "llmopt.verbs" for name in ("compare", "load", "report", "restore", "save")}
+_HOME = dict.fromkeys(("compare", "load", "report", "restore", "save"), "llmopt.verbs")
 _HOME |= {"optimize": "llmopt.loop", "Report": "llmopt.measure.report"}
 
 

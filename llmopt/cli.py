@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the work failed; 2 bad usage or bad input, nothing was cha
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,17 @@ _Json = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the record as JSON; '-' prints nothing else on stdout."),
 ]
 _Seed = Annotated[int, typer.Option("--seed", help="Same seed, same bytes.")]
+_Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="A local checkpoint.")]
+_Shape = Annotated[
+    str | None, typer.Option("--shape", metavar="NAME", help="A published shape with random weights, e.g. qwen3-0.6b.")
+]
+_Layers = Annotated[int | None, typer.Option("--layers", help="Only the first layers of a shape.")]
+_ReportDir = Annotated[
+    Path | None, typer.Option("--report-dir", metavar="DIR", help="Write report.json, report.md and report.png there.")
+]
+_Isolated = Annotated[
+    bool, typer.Option("--isolated-memory", help="Peak memory before and after, each in a process of its own.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -135,34 +147,27 @@ def optimize(
     opened = cli_models.open_model(directory)
     with cli_output.progress() as on_event:
         model = llmopt.optimize(opened.model, strict=strict, on_event=on_event, **settings)
-    llmopt.save(model, out, tokenizer=opened.tokenizer)
+    # first of all the receipt: a full disk must not lose it
     _show(llmopt.report(model), json)
+    llmopt.save(model, out, tokenizer=opened.tokenizer)
     typer.echo(f"saved to {out}", err=True)
 
 
 @app.command()
 def bench(
     *,
-    model: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="A local checkpoint.")] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option("--shape", metavar="NAME", help="A published shape with random weights, e.g. qwen3-0.6b."),
-    ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", help="Only the first layers of a shape.")] = None,
+    model: _Model = None,
+    shape: _Shape = None,
+    layers: _Layers = None,
     passes: _Passes = None,
     options: _Options = None,
     calibration: _Calibration = None,
     measure_full: _Full = False,
     quality_budget: _Budget = None,
-    report_dir: Annotated[
-        Path | None,
-        typer.Option("--report-dir", metavar="DIR", help="Write report.json, report.md and report.png there."),
-    ] = None,
+    report_dir: _ReportDir = None,
     json: _Json = None,
     seed: _Seed = 0,
-    isolated_memory: Annotated[
-        bool, typer.Option("--isolated-memory", help="Peak memory before and after, each in a process of its own.")
-    ] = False,
+    isolated_memory: _Isolated = False,
 ) -> None:
     """Optimize in memory and print the receipt; nothing is saved but reports.
 
@@ -173,7 +178,6 @@ def bench(
     """
     import llmopt
     from llmopt import cli_output
-    from llmopt.measure.memory import MemoryMeasurementError
 
     if model is None and isolated_memory:
         raise InputError("bench: --isolated-memory loads checkpoints: expected --model DIR, got --shape")
@@ -184,12 +188,10 @@ def bench(
     with cli_output.progress() as on_event:
         subject = llmopt.optimize(subject, on_event=on_event, **settings)
     report = llmopt.report(subject)
+    if shape is not None:
+        report.model["name"] = shape
     if model is not None and isolated_memory:
-        try:
-            _measure_isolated(model, subject, report)
-        except MemoryMeasurementError as error:
-            # minutes of work are in the receipt by now: keep it, and say what is missing from it
-            report.notes.append(f"memory in a process of its own was not measured: {error}")
+        _measure_isolated(model, subject, report)
     if report_dir is not None:
         _write_reports(report, report_dir)
     _show(report, json)
@@ -240,7 +242,7 @@ def kernels(
       llmopt kernels
       llmopt kernels int4_linear --case t1 --isa avx2 --json int4.json
     """
-    from llmopt import cli_output, native
+    from llmopt import cli_output
     from llmopt.measure import kernel_bench
     from llmopt.ops import SPECS
 
@@ -250,7 +252,7 @@ def kernels(
     if not cases:
         raise InputError.argument("case", expected="part of a case's name (see --all-cases)", got=case)
     if isa is not None:
-        native.force_isa(isa)
+        _force_isa(isa)
     table = cli_output.KernelTable() if json != cli_output.STDOUT else None
     result = kernel_bench.run(cases, rounds=rounds, seed=seed, on_result=table.add if table else None)
     if table is not None:
@@ -295,6 +297,15 @@ def _subject(model: Path | None, shape: str | None, *, layers: int | None, seed:
     raise InputError("bench: expected either --model DIR, or --shape NAME with or without --layers N")
 
 
+def _force_isa(name: str) -> None:
+    from llmopt import native
+
+    try:
+        native.force_isa(name)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+
+
 def _level(measure: bool, full: bool) -> bool | str:
     if full and not measure:
         raise InputError("measure: expected one of --no-measure and --measure-full, got both")
@@ -328,6 +339,9 @@ def _check_out(directory: Path, out: Path, *, overwrite: bool) -> None:
         raise InputError.argument("--out", expected="another directory than the input", got=str(out))
     if out.is_file():
         raise InputError.argument("--out", expected="a directory", got=f"{out} (a file)")
+    parent = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError.argument("--out", expected="a place that can be written to", got=str(out))
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise InputError(f"--out: {out} is not empty; --overwrite replaces it")
 
@@ -339,16 +353,19 @@ def _measure_isolated(directory: Path, model: Any, report: Report) -> None:
     import llmopt
     from llmopt.measure import memory, summary
 
-    before = memory.measure_isolated(directory, implementation="eager")
-    if report.baseline_memory is not None:
-        report.baseline_memory.peak_rss, report.baseline_memory.peak_rss_how = before.peak_rss, before.how
-    final = summary.final_memory(report)
-    if final is None:
-        return
-    with tempfile.TemporaryDirectory(prefix="llmopt-") as scratch:
-        llmopt.save(model, Path(scratch) / "model")
-        after = memory.measure_isolated(Path(scratch) / "model")
-    final.peak_rss, final.peak_rss_how = after.peak_rss, after.how
+    before, after = report.baseline_memory, summary.final_memory(report)
+    try:
+        if before is not None:
+            measured = memory.measure_isolated(directory, implementation="eager")
+            before.peak_rss, before.peak_rss_how = measured.peak_rss, measured.how
+        if after is not None:
+            with tempfile.TemporaryDirectory(prefix="llmopt-") as scratch:
+                llmopt.save(model, Path(scratch) / "model")
+                measured = memory.measure_isolated(Path(scratch) / "model")
+            after.peak_rss, after.peak_rss_how = measured.peak_rss, measured.how
+    except memory.MemoryMeasurementError as error:
+        # minutes of work are in the receipt by now: keep it, and say what is missing from it
+        report.notes.append(f"memory in a process of its own was not measured: {error}")
 
 
 def _write_reports(report: Report, directory: Path) -> None:

@@ -115,15 +115,15 @@ def build_shape(name: str, *, num_layers: int | None = None, seed: int = 0) -> A
     from llmopt.measure.memory import available_bytes
     from llmopt.models import shapes
 
-    model = shapes.meta_model(name, num_layers=num_layers)
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    parameters = shapes.meta_model(name, num_layers=num_layers).parameters()
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     available = available_bytes()
     if available is not None and needed > 0.9 * available:
         raise InputError(
             f"shape: {name} takes {fmt.size(needed)} in bfloat16, {fmt.size(available)} of memory are available; "
             "try --layers for the first layers only"
         )
-    return shapes.materialize_(model, seed=seed, std=model.config.initializer_range)
+    return shapes.build(name, num_layers=num_layers, seed=seed)
 
 
 def read_calibration(file: Path) -> Any:

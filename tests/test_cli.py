@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llmopt import cli_models
+from llmopt import cli_models, native
 from llmopt.cli import app
 from llmopt.errors import CalibrationError, CheckpointError, InputError, UnsupportedModelError
 from llmopt.measure.report import Gain, Interval, Memory, PassRow, Report, Timing
@@ -96,6 +96,7 @@ BAD_INPUT = {
     "compare_gone": (["compare", "{model}/config.json", "{tmp}/gone"], "not a report"),
     "compare_no_report": (["compare", "{model}/config.json", "{model}/config.json"], "not a report"),
     "unknown_op": (["kernels", "nosuch"], "op: expected int4_linear"),
+    "unknown_isa": (["kernels", "int4_linear", "--isa", "avx3"], "--isa: expected auto | portable | avx2 | avx512"),
     "unknown_case": (["kernels", "int4_linear", "--case", "nosuch"], "case: expected"),
 }
 
@@ -104,6 +105,8 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
     arguments: list[str], message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
+    if "--isa" in arguments and not native.available():
+        pytest.skip("needs the compiled kernels")
     filled = [argument.format(tmp=tmp_path, model=checkpoint) for argument in arguments]
     before = sorted(tmp_path.rglob("*"))
     result = runner.invoke(app, filled)
@@ -276,3 +279,58 @@ def test_build_shape_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000_000)
     with pytest.raises(InputError, match=r"qwen3-0\.6b takes 1\.19 GB in bfloat16, 1\.00 GB of memory are available"):
         cli_models.build_shape("qwen3-0.6b")
+
+
+def run_events(capsys: pytest.CaptureFixture[str]) -> str:
+    from llmopt import cli_output
+    from llmopt.passes.base import Event
+
+    with cli_output.progress() as on_event:
+        on_event(Event("stage", "quantize_gptq", "checking"))
+        on_event(Event("progress", "quantize_gptq", "[layer] 1", 1, 28))
+        on_event(Event("warning", "quantize_gptq", "3 experts [starved]"))
+        on_event(Event("verdict", "quantize_gptq", "kept: faster"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_progress_is_silent_but_for_warnings_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_events(capsys) == "warning: quantize_gptq: 3 experts [starved]\n"
+
+
+def test_progress_on_a_terminal_shows_steps_and_verdicts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    shown = run_events(capsys)
+    assert "quantize_gptq: kept: faster" in shown
+    assert "3 experts [starved]" in shown
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
+def test_kernels_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmopt.measure import ceilings, kernel_bench
+
+    monkeypatch.setattr(ceilings, "_buffer_bytes", lambda: 64 << 20)
+    monkeypatch.setattr(kernel_bench, "_LEAST_WORKING_SET", 1 << 20)
+    arguments = ["kernels", "int4_linear", "--case", "tail_rows", "--rounds", "1"]
+    table = runner.invoke(app, arguments)
+    assert table.exit_code == 0, table.stderr
+    assert "tail_rows" in table.stdout
+    alone = runner.invoke(app, [*arguments, "--json", "-"])
+    (result,) = json.loads(alone.stdout)["results"]
+    assert (result["op"], result["case"], result["wrong"]) == ("int4_linear", "tail_rows", None)
+    assert result["time"]["p50_us"] > 0
+
+
+def test_kernels_exit_code_says_that_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmopt.measure import kernel_bench
+
+    def wrong(spec: object, inputs: object) -> tuple[str, float]:
+        return "3 of 4 values outside", 1.0
+
+    monkeypatch.setattr(kernel_bench, "check", wrong)
+    result = runner.invoke(app, ["kernels", "int4_linear", "--case", "tail_rows", "--rounds", "1"])
+    assert result.exit_code == 1
+    assert "WRONG, not timed: 3 of 4 values outside" in result.stdout

@@ -53,7 +53,7 @@ class Planner:
         self.plan = Plan()
         self._covered: set[str] = set()  # state-dict names that belong to packed modules
         self._tied = bool(model.config.tie_word_embeddings)
-        self._done: dict[int, Requantized] = {}  # by address of the packed bytes
+        self._done: dict[tuple[str, int], Requantized] = {}  # by source and address of the packed bytes
 
     def run(self) -> Plan:
         """Plan the checkpoint.
@@ -88,9 +88,7 @@ class Planner:
             self.plan.entries.append(whole(f"{disk}.bias", module.bias))
         self.plan.desc_act |= module.perm is not None
 
-    def _gptq(
-        self, disk: str, n: int, k: int, module: QuantLinear | QuantExperts, make: Callable[[], Codes]
-    ) -> None:
+    def _gptq(self, disk: str, n: int, k: int, module: QuantLinear | QuantExperts, make: Callable[[], Codes]) -> None:
         bits = module.bits if isinstance(module, QuantLinear) else 4
         self.plan.quantized[disk] = ModuleFormat(bits, module.group_size, not module.asymmetric)
         groups = 1 if module.group_size == -1 else -(-k // module.group_size)
@@ -98,9 +96,7 @@ class Planner:
         for part, shape in gptq_format.shapes(n, k, groups, bits).items():
             self.plan.entries.append(Entry(f"{disk}.{part}", _DTYPES[part], shape, packed.recipe(part)))
 
-    def _experts(
-        self, name: str, count: int, linears: Callable[[int], tuple[Any, Any, Any]]
-    ) -> None:
+    def _experts(self, name: str, count: int, linears: Callable[[int], tuple[Any, Any, Any]]) -> None:
         moe = self.family.moe
         assert moe is not None, f"{name}: experts in a family without any"
         for expert in range(count):
@@ -117,7 +113,7 @@ class Planner:
         dtype = module.dtype if isinstance(module, QuantEmbedding) else model_dtype(self.model, self.family)
         if isinstance(module, QuantLinear) and module.bias is not None:
             self.plan.entries.append(whole(f"{name}.bias", module.bias))
-        shared = self._done.get(module.packed.data_ptr())
+        shared = self._done.get((tensor, module.packed.data_ptr()))
         grid = None if shared else requantize.grid_of(module)
         scales = shared.scales if shared else name
         if grid is not None:
@@ -130,7 +126,7 @@ class Planner:
             permuted=isinstance(module, QuantLinear) and module.perm is not None,
             dtype="" if linear else str(dtype).removeprefix("torch."),
         )  # fmt: skip
-        self._done[module.packed.data_ptr()] = record
+        self._done[tensor, module.packed.data_ptr()] = record
         self.plan.requantized[name] = record
 
     def _write_source(

@@ -23,9 +23,7 @@ class ExpertLinears(nn.Module):
         down: an expert's linear ``[H, I]``.
     """
 
-    def __init__(
-        self, gate: Sequence[QuantLinear], up: Sequence[QuantLinear], down: Sequence[QuantLinear]
-    ) -> None:
+    def __init__(self, gate: Sequence[QuantLinear], up: Sequence[QuantLinear], down: Sequence[QuantLinear]) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.ModuleList(gate), nn.ModuleList(up), nn.ModuleList(down)
         self.num_experts = len(gate)

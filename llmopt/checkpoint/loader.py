@@ -243,9 +243,7 @@ class Loader:
                 grid = install.read_grid(self.scales, record, *shape)
                 yield partial(self._requantized, name, module, record, grid, found)
 
-    def _requantized(
-        self, name: str, module: nn.Module, record: Requantized, grid: Grid, found: str
-    ) -> None:
+    def _requantized(self, name: str, module: nn.Module, record: Requantized, grid: Grid, found: str) -> None:
         key = (record.tensor, record.scales, record.bits, record.sha256)
         if key not in self._packed:
             packed = install.requantized_bytes(self.inventory.shard(found), found, grid, record)

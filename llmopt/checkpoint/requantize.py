@@ -55,9 +55,7 @@ def grid_of(module: QuantLinear | QuantEmbedding) -> Grid:
     return Grid(torch.cat(scales), all_zeros, perm, n, k, module.bits, group)
 
 
-def pack_rows(
-    read_rows: Callable[[int, int], torch.Tensor], grid: Grid
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def pack_rows(read_rows: Callable[[int, int], torch.Tensor], grid: Grid) -> Iterator[tuple[slice, torch.Tensor]]:
     """Quantize to the nearest codes, block by block.
 
     Args:

@@ -73,7 +73,10 @@ class ScaledBaseline:
         self._model: Any = shapes.build(shape, num_layers=layers, seed=seed)
         size = shapes.parameter_bytes(whole.config)
         self.weight_bytes: int | None = size
-        self.note = f"the bfloat16 model ({size / 1e9:.1f} GB) does not fit into memory: its baseline was measured on {layers} and {fewer} of {total} layers, in the same rounds, and scaled by layers"
+        self.note = (
+            f"the bfloat16 model ({size / 1e9:.1f} GB) does not fit into memory: its baseline was measured "
+            f"on {layers} and {fewer} of {total} layers, in the same rounds, and scaled by layers"
+        )
 
     def ladder(self) -> dict[str, Show]:
         return {

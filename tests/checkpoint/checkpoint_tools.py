@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
 from llmopt.models import FAMILIES, family_for, resolve_model
 from llmopt.models.base import LinearSite, ResolvedModel
 from llmopt.ops.int4_linear import layout
 from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
 from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
-from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 MODEL_TYPES = [family.model_type for family in FAMILIES]
 MOE_TYPES = [family.model_type for family in FAMILIES if family.moe is not None]

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_tools import AutoGptq, edit_config, edit_tensors, quantize, tiny
+from safetensors.torch import load_file, save_file
+
 from llmopt.checkpoint import load, loader, recorded_passes, save
 from llmopt.errors import CheckpointError
-from safetensors.torch import load_file, save_file
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_tools import MODEL_TYPES, MOE_TYPES, AutoGptq, edit_config, edit_tensors, logits, tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from llmopt.checkpoint import load, recorded_passes, save
 from llmopt.checkpoint.experts import ExpertLinears
 from llmopt.errors import CheckpointError
 from llmopt.models import family_for
 from llmopt.passes.quantize_gptq import linear
 from llmopt.passes.quantize_gptq.linear import QuantExperts, QuantLinear
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 
 def weight_of(model: Any, name: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checkpoint_tools import pack_by_hand
+
 from llmopt.checkpoint import gptq_format as fmt
 from llmopt.checkpoint.gptq_format import Codes
 from llmopt.errors import InputError

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_tools import MODEL_TYPES, MOE_TYPES, logits, quant_linear, quantize, tiny
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from llmopt.checkpoint import load, recorded_passes, recorded_report, save
 from llmopt.errors import InputError, ModelStateError
 from llmopt.measure.report import PassRow, Report
 from llmopt.models import resolve_model
 from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes.quantize_gptq.rounding import Grid
-from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def assert_same_state(one: Any, other: Any) -> None:
@@ -257,8 +258,7 @@ def test_save_again(tmp_path: Path) -> None:
     originals = quantize(model, sym=False)
     directory = save(model, tmp_path / "out", originals=originals)
     before = {p.name: p.read_bytes() for p in directory.iterdir()}
-    again = {name: tensor for name, tensor in originals.items()}
-    save(load(directory), directory, originals=again)
+    save(load(directory), directory, originals=originals)
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
 
 

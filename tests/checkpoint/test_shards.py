@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -11,20 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
 from llmopt.checkpoint import shard_reader
 from llmopt.checkpoint.shard_reader import DTYPES, Shard
 from llmopt.checkpoint.shard_writer import Entry, split, whole, write_shard
 from llmopt.errors import CheckpointError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
-    tensors = {
-        f"t.{name}": torch.randint(0, 2, (3, 5), generator=random).to(dtype)
-        for name, dtype in DTYPES.items()
-    }
+    tensors = {f"t.{name}": torch.randint(0, 2, (3, 5), generator=random).to(dtype) for name, dtype in DTYPES.items()}
     return {**tensors, "scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "odd": torch.ones(7, dtype=torch.uint8)}
 
 
@@ -54,8 +53,6 @@ def test_library_reads_what_we_write(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
     data = (tmp_path / "a.safetensors").read_bytes()
     assert written.nbytes == len(data)
-    import hashlib
-
     assert written.sha256 == hashlib.sha256(data).hexdigest()
 
 
@@ -133,17 +130,21 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+def open_file_count() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed(tmp_path: Path, name: str) -> None:
     data, message = MALFORMED[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
-    open_files = len(os.listdir("/proc/self/fd"))
+    open_files = open_file_count()
     with pytest.raises(CheckpointError) as error:
         Shard(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
-    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert open_file_count() == open_files
 
 
 def test_the_good_file_of_the_malformed_ones(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from llmopt.ops.spec import Case, Inputs, OpSpec
 
 from llmopt.errors import InputError
 from llmopt.measure import ceilings, environment, kernel_bench, memory
+from llmopt.ops.spec import Case, Inputs, OpSpec
 
 MIB = 1 << 20
 

@@ -11,14 +11,9 @@
 namespace llmopt::LLMOPT_ISA {
 
 // rows from which turning a tile into float32 pays
-#ifndef PACKROWS
-#define PACKROWS 12
-#endif
-constexpr int64_t kPackRows = PACKROWS;
-#ifndef CHUNK
-#define CHUNK 48
-#endif
-constexpr int64_t kChunkRows = CHUNK;
+constexpr int64_t kPackRows = 24;
+// rows whose scores and weights stay in L1 between the two products; a multiple of 16 and of kBlockRows
+constexpr int64_t kChunkRows = 48;
 
 template <int kDType>
 class Attention {
@@ -171,8 +166,9 @@ class Attention {
     for (int64_t r = begin; r < end; r += kBlockRows) {
       const int count = static_cast<int>(std::min<int64_t>(kBlockRows, end - r));
       if (low_[r] >= key + n || high_[r + count - 1] <= key) continue;
+      const int64_t seen = round_up(std::min<int64_t>(n, high_[r + count - 1] - key), 16);
       product_rows<kBlockRows>(count, query_ + r * layout_.query_stride, layout_.query_stride, keys_, kTileKeys,
-                               scores_ + r * kTileKeys, kTileKeys, dim, nullptr, kTileKeys);
+                               scores_ + r * kTileKeys, kTileKeys, dim, nullptr, seen);
     }
   }
 
@@ -212,11 +208,11 @@ class Attention {
         for (int i = 0; i < R * C; ++i) acc[g * R * C + i] = zero_f32();
         // past the end the last key is read again; its scores are masked
         for (int c = 0; c < C; ++c) k[c] = key_at(key + std::min<int64_t>(n - 1, j + g * C + c));
-        dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, AHEAD * p_.k_stride.t, acc + g * R * C);
+        dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, kTileKeys * p_.k_stride.t, acc + g * R * C);
         if (p_.k_rope) {
           for (int c = 0; c < C; ++c) k[c] = key_rope_at(key + std::min<int64_t>(n - 1, j + g * C + c));
           dots<R, C, kDType>(q + round_up(p_.dim, 16), layout_.query_stride, k, p_.dim_rope,
-                             AHEAD * p_.k_rope_stride.t, acc + g * R * C);
+                             kTileKeys * p_.k_rope_stride.t, acc + g * R * C);
         }
       }
       float sums[16];

@@ -16,25 +16,16 @@ inline const void* element(const void* base, int64_t i) {
   return static_cast<const char*>(base) + i * (kDType == 0 ? 4 : 2);
 }
 
-#ifndef AHEAD
-#define AHEAD 16
-#endif
-#ifndef VAHEAD
-#define VAHEAD 64
-#endif
-#ifndef LOCALITY
-#define LOCALITY 2
-#endif
 // 64 bytes from element i on, whatever they hold
 template <int kDType>
 inline F32x16 load_bits(const void* base, int64_t i) {
   return load(static_cast<const float*>(element<kDType>(base, i)));
 }
-// Asks for the line that holds element i. Keys and values come in short runs of two streams, which the hardware's own
-// prefetching does not follow: without this, waiting and computing add up instead of overlapping.
+// Asks for the line that holds element i, always one tile of keys ahead of its use. Keys and values come in short runs of
+// two streams, which the hardware does not follow by itself: without this, waiting and computing add up.
 template <int kDType>
 inline void prefetch(const void* base, int64_t i) {
-  __builtin_prefetch(element<kDType>(base, i), 0, LOCALITY);
+  __builtin_prefetch(element<kDType>(base, i), 0, 2);
 }
 
 // 2^x for x <= 0, relative error under 2e-7, and exactly 0 from -64 down: beside the row's largest weight, which is 1,
@@ -96,7 +87,7 @@ inline void product_block(const float* a, int64_t lda, const void* b, int64_t ld
     }
     if constexpr (kStream) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + VAHEAD) * ldb + 16 * v);
+      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + kTileKeys) * ldb + 16 * v);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -195,7 +186,7 @@ inline void pack_transposed(const void* in, int64_t stride, int64_t n, int64_t d
         for (int i = 0; i < 16; ++i) {
           const int64_t at = (key + i) * stride + d;
           x[i] = key + i < n ? load_bits<kDType>(in, at) : zero_f32();
-          prefetch<kDType>(in, at + AHEAD * stride);
+          prefetch<kDType>(in, at + kTileKeys * stride);
         }
         transpose(x);
 #pragma GCC unroll 16
@@ -215,7 +206,7 @@ inline void pack_transposed(const void* in, int64_t stride, int64_t n, int64_t d
         const int64_t at = (key + i) * stride + d;
         if (key + i >= n) x[i] = zero_f32();
         else x[i] = lanes == 16 ? load_as<kDType>(in, at) : load_as_n<kDType>(in, at, lanes);
-        if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, at + AHEAD * stride);
+        if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, at + kTileKeys * stride);
       }
       transpose(x);
       for (int i = 0; i < lanes; ++i) store(out + (d + i) * kTileKeys + key, x[i]);
@@ -230,7 +221,7 @@ inline void pack_rows(const void* in, int64_t stride, int64_t n, int64_t dim, fl
     int64_t d = 0;
     for (; d + 16 <= dim; d += 16) {
       store(out + key * out_stride + d, load_as<kDType>(in, key * stride + d));
-      if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, (key + AHEAD) * stride + d);
+      if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, (key + kTileKeys) * stride + d);
     }
     if (d < dim) store(out + key * out_stride + d, load_as_n<kDType>(in, key * stride + d, static_cast<int>(dim - d)));
   }

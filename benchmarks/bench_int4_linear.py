@@ -1,0 +1,96 @@
+"""int4_linear against the machine: one row over a model's linears in order, and many rows, beside the ceilings.
+
+    python benchmarks/bench_int4_linear.py [--shape qwen3-0.6b] [--rounds 15] [--json FILE]
+
+One row: every quantized linear of the shape (head at 8 bits), run once in execution order, so that nothing is in a cache;
+GB/s of packed bytes over the read bandwidth measured in the same round. Many rows: the shape's linears at 512 rows; TOP/s
+over the peak of the dot-product instruction measured in the same round. Medians of interleaved rounds; the bfloat16
+linears of the same sizes run in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmopt import native
+from llmopt.measure import environment
+from llmopt.measure.ceilings import CeilingMeter
+from llmopt.models import resolve_model, shapes
+from llmopt.passes.quantize_gptq.direct import build_quantized
+from llmopt.passes.quantize_gptq.linear import QuantLinear
+
+MANY_ROWS = 512
+
+
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def linears_of(model: Any) -> list[QuantLinear]:
+    """Quantized linears in the order a token meets them, the head last."""
+    resolved = resolve_model(model)
+    found = [getattr(s.parent, s.attr) for layer in resolved.layers for s in layer.linears()]
+    return [*found, getattr(resolved.head.parent, resolved.head.attr)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(shapes.SHAPES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model, _ = build_quantized(args.shape)
+    linears = linears_of(model)
+    one = {m.in_features: torch.randn(1, m.in_features, dtype=torch.bfloat16) for m in linears}
+    sizes = {(m.out_features, m.in_features): m for m in linears[:-1]}
+    many = {k: torch.randn(MANY_ROWS, k, dtype=torch.bfloat16) for k in {k for _, k in sizes}}
+    dense = {s: torch.randn(s, dtype=torch.bfloat16) for s in sizes}
+    packed_bytes = sum(m.packed.numel() for m in linears)
+    samples: dict[str, list[float]] = {"one row": [], "read": [], "peak": []}
+    for n, k in sizes:
+        samples[f"{n}x{k}"] = []
+        samples[f"bf16 {n}x{k}"] = []
+
+    def all_once() -> None:
+        for module in linears:
+            module(one[module.in_features])
+
+    with torch.no_grad(), CeilingMeter() as meter:
+        for done in range(args.rounds + 1):
+            ceilings = meter.measure_round()
+            row: dict[str, float] = {"one row": packed_bytes / seconds(all_once) / 1e9}
+            row["read"], row["peak"] = ceilings["read_gb_per_s"], ceilings["int8_tops"]
+            for (n, k), module in sizes.items():
+                operations = 2 * MANY_ROWS * n * k
+                row[f"{n}x{k}"] = operations / seconds(lambda m=module, x=many[k]: m(x)) / 1e12
+                row[f"bf16 {n}x{k}"] = operations / seconds(
+                    lambda w=dense[n, k], x=many[k]: torch.nn.functional.linear(x, w)
+                ) / 1e12  # fmt: skip
+            if done:  # the first round warms up
+                for name, value in row.items():
+                    samples[name].append(value)
+    median = {name: statistics.median(values) for name, values in samples.items()}
+    print(f"{args.shape}, {torch.get_num_threads()} threads, {native.active_isa()}, {args.rounds} rounds")
+    fractions = [a / b for a, b in zip(samples["one row"], samples["read"], strict=True)]
+    print(f"one row:  {packed_bytes / 1e6:.0f} MB in order at {median['one row']:.1f} GB/s, read bandwidth "
+          f"{median['read']:.1f} GB/s: {statistics.median(fractions):.1%}")  # fmt: skip
+    for n, k in sizes:
+        share = statistics.median(a / b for a, b in zip(samples[f"{n}x{k}"], samples["peak"], strict=True))
+        print(f"{MANY_ROWS} rows: {n} x {k}: {median[f'{n}x{k}']:.3f} TOP/s, {share:.1%} of {median['peak']:.3f}; "
+              f"bf16 linear {median[f'bf16 {n}x{k}']:.3f}")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment.capture(), "samples": samples}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
