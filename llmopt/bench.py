@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmopt import loop, verbs
@@ -26,7 +26,7 @@ _MOST_BASELINE_LAYERS = 8
 
 def bench_shape(
     name: str,
-    passes: list[str | Pass] | None = None,
+    passes: Sequence[str | Pass] | None = None,
     *,
     measure: Any = True,
     num_layers: int | None = None,
@@ -47,7 +47,9 @@ def bench_shape(
     if fits(name, num_layers):
         model = shapes.build(name, num_layers=num_layers, seed=seed)
         loop.optimize(model, chosen, measure=measure, on_event=on_event, seed=seed, **settings)
-        return verbs.report(model)
+        report = verbs.report(model)
+        report.model["name"] = name
+        return report
     if not chosen or not isinstance(chosen[0], QuantizeGptq):
         raise InputError(
             f"shape: {name} does not fit into memory in bfloat16; it can be measured with quantize_gptq among the passes, "

@@ -177,19 +177,22 @@ def bench(
       llmopt bench --model models/qwen3 --report-dir reports --isolated-memory
     """
     import llmopt
-    from llmopt import cli_output
+    from llmopt import cli_models, cli_output
+    from llmopt.bench import bench_shape
 
     if model is None and isolated_memory:
         raise InputError("bench: --isolated-memory loads checkpoints: expected --model DIR, got --shape")
     settings = _settings(
         passes, options, calibration, measure=_level(True, measure_full), quality_budget=quality_budget, seed=seed
     )
-    subject = _subject(model, shape, layers=layers, seed=seed)
+    if (model is None) == (shape is None) or (model is not None and layers is not None):
+        raise InputError("bench: expected either --model DIR, or --shape NAME with or without --layers N")
+    subject = cli_models.open_model(model).model if model is not None else None
     with cli_output.progress() as on_event:
-        subject = llmopt.optimize(subject, on_event=on_event, **settings)
-    report = llmopt.report(subject)
-    if shape is not None:
-        report.model["name"] = shape
+        if shape is not None:
+            report = bench_shape(shape, num_layers=layers, on_event=on_event, **settings)
+        else:
+            report = llmopt.report(llmopt.optimize(subject, on_event=on_event, **settings))
     if model is not None and isolated_memory:
         _measure_isolated(model, subject, report)
     if report_dir is not None:
@@ -284,17 +287,6 @@ def doctor(json: _Json = None) -> None:
         cli_output.write_json(cli_doctor.to_json(checks), json)
     if not cli_doctor.usable(checks):
         raise typer.Exit(_FAILED)
-
-
-def _subject(model: Path | None, shape: str | None, *, layers: int | None, seed: int) -> Any:
-    """The model that ``bench`` works on."""
-    from llmopt import cli_models
-
-    if model is not None and shape is None and layers is None:
-        return cli_models.open_model(model).model
-    if shape is not None and model is None:
-        return cli_models.build_shape(shape, num_layers=layers, seed=seed)
-    raise InputError("bench: expected either --model DIR, or --shape NAME with or without --layers N")
 
 
 def _force_isa(name: str) -> None:

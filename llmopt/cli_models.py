@@ -105,27 +105,6 @@ def open_tokenizer(path: Path) -> Any | None:
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from error
 
 
-def build_shape(name: str, *, num_layers: int | None = None, seed: int = 0) -> Any:
-    """A model of a published shape with random bfloat16 weights, if it fits into memory.
-
-    Raises:
-        InputError: unknown shape, ``num_layers`` out of range, or too large for this machine.
-    """
-    from llmopt.measure import format as fmt
-    from llmopt.measure.memory import available_bytes
-    from llmopt.models import shapes
-
-    parameters = shapes.meta_model(name, num_layers=num_layers).parameters()
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    available = available_bytes()
-    if available is not None and needed > 0.9 * available:
-        raise InputError(
-            f"shape: {name} takes {fmt.size(needed)} in bfloat16, {fmt.size(available)} of memory are available; "
-            "try --layers for the first layers only"
-        )
-    return shapes.build(name, num_layers=num_layers, seed=seed)
-
-
 def read_calibration(file: Path) -> Any:
     """Calibration data: a .json file with a list of texts or of token-id lists, or else one UTF-8 text.
 

@@ -37,5 +37,6 @@ class OpSpec:
     tolerance: Mapping[torch.dtype, tuple[float, float]]
     bytes_moved: Callable[..., int]
     flops: Callable[..., int]
-    # further implementations worth timing beside ours: name -> callable on the same inputs (eager torch, SDPA...)
-    rivals: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+    # further implementations worth timing beside ours (eager torch, SDPA...): name -> callable on the same inputs that
+    # gives the tensor, or a function without arguments to be timed in its place (set-up then stays outside)
+    rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -152,6 +152,8 @@ class CeilingMeter:
             read_gb_per_s=self.interval("read_gb_per_s"),
             int8_tops=self.interval("int8_tops"),
             bf16_tflops=self.interval("bf16_tflops"),
+            fp32_tflops=self.interval("fp32_tflops"),
+            isa=native.active_isa(),
             threads=threads() if self.samples else 0,
         )
 

@@ -85,6 +85,8 @@ class Ceilings:
     read_gb_per_s: Interval | None = None
     int8_tops: Interval | None = None  # dot-product instruction in force (vpdpbusd on AVX-512), 2 operations per MAC
     bf16_tflops: Interval | None = None
+    fp32_tflops: Interval | None = None
+    isa: str = ""
     threads: int = 0
 
 
@@ -145,7 +147,10 @@ class Report:
     def from_json(cls, source: str | Path) -> Report:
         """Read a record back from a path or from JSON text."""
         text = Path(source).read_text(encoding="utf-8") if not str(source).lstrip().startswith("{") else str(source)
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"report: not JSON: {error}") from None
         if data.get("schema_version") != SCHEMA_VERSION:
             raise InputError.argument(
                 "report schema_version", expected=str(SCHEMA_VERSION), got=data.get("schema_version")

@@ -18,7 +18,9 @@ constexpr int64_t kSerialWork = 64 * 1024;
 // most rows of one job; more spread the cost of preparing a key tile, but queries and accumulators must stay in L2
 constexpr int64_t kMostRows = 192, kFewestRows = 48, kCacheFloats = 192 * 1024;
 // fewest keys of one job when the keys are split
-constexpr int64_t kFewestKeys = 256;
+constexpr int64_t kFewestKeys = 512;
+// jobs to cut the work into, where it is large enough: several for each of some ten threads, so that they end together
+constexpr int64_t kWantedJobs = 64;
 
 Strides strides_of(const TensorView& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -70,7 +72,8 @@ void add_rope(AttentionParams& p, const Optional<TensorView>& q_rope, const Opti
   if ((*k_rope).size(1) == 1) p.k_rope_stride.h = 0;
 }
 
-// Cut of the work: row tiles of each KV head, and splits of the keys where there are too few row tiles for the threads.
+// Cut of the work: row tiles of each KV head, and splits of the keys where there are few row tiles. It follows from the
+// shapes alone, so that any number of threads gives the same bits.
 struct Plan {
   int threads;
   int64_t tile_rows, num_tiles, num_splits, split_keys;
@@ -83,16 +86,12 @@ Plan plan_for(const AttentionParams& p) {
   // one thread or all: libgomp ends the threads it is not asked for, and starting them again costs more than they save
   plan.threads = threads_for(work, kSerialWork) == 1 ? 1 : omp_get_max_threads();
   const int64_t floats_per_row = p.dim + p.dim_rope + p.dim_v + kTileKeys;
-  int64_t tile = std::clamp(kCacheFloats / floats_per_row - kTileKeys, kFewestRows, kMostRows);
-  const int64_t wanted = (units * rows + 4 * plan.threads - 1) / (4 * plan.threads);
-  tile = std::clamp(wanted, kFewestRows, tile);
+  const int64_t most = std::clamp(kCacheFloats / floats_per_row - kTileKeys, kFewestRows, kMostRows);
+  const int64_t tile = std::clamp((units * rows + kWantedJobs - 1) / kWantedJobs, kFewestRows, most);
   plan.num_tiles = (rows + tile - 1) / tile;
   plan.tile_rows = (rows + plan.num_tiles - 1) / plan.num_tiles;
-  const int64_t jobs = units * plan.num_tiles;
-  int64_t splits = 1;
-  if (plan.threads > 1 && jobs < 4 * plan.threads && jobs % plan.threads != 0)
-    splits = (4 * plan.threads + jobs - 1) / jobs;
-  splits = std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, p.tk / kFewestKeys));
+  const int64_t wanted = kWantedJobs / (units * plan.num_tiles);
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, p.tk / kFewestKeys));
   plan.split_keys = round_up((p.tk + splits - 1) / splits, kTileKeys);
   plan.num_splits = (p.tk + plan.split_keys - 1) / plan.split_keys;
   return plan;

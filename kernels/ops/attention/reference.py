@@ -47,7 +47,8 @@ def attention(
     group = q.shape[1] // k.shape[1]
     scores = q.float() @ k.float().repeat_interleave(group, 1).transpose(2, 3)
     if q_rope is not None and k_rope is not None:
-        scores = scores + q_rope.float() @ k_rope.float().repeat_interleave(q.shape[1] // k_rope.shape[1], 1).transpose(2, 3)
+        rope = k_rope.float().repeat_interleave(q.shape[1] // k_rope.shape[1], 1)
+        scores = scores + q_rope.float() @ rope.transpose(2, 3)
     seen = visible(q, k, causal=causal, window=window, key_mask=key_mask, mask=mask)
     weights = torch.softmax((scores * scale).masked_fill(~seen, float("-inf")), dim=-1)
     # a softmax over nothing is NaN; such a row is zero by definition

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from llmopt.ops import shapes
@@ -43,16 +45,12 @@ def flops(*, x: torch.Tensor, out_features: int, **_: object) -> int:
     return 2 * x.shape[0] * x.shape[1] * out_features
 
 
-def _bf16(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, **o: object) -> torch.Tensor:
-    """What the op replaces: a bf16 linear of the same shape (its weight is made once and kept)."""
-    key = packed.data_ptr()
-    if key not in _BF16_WEIGHTS:
-        _BF16_WEIGHTS.clear()
-        _BF16_WEIGHTS[key] = torch.randn(int(str(o["out_features"])), x.shape[1], dtype=torch.bfloat16)
-    return torch.nn.functional.linear(x.bfloat16(), _BF16_WEIGHTS[key])
+def _bf16(x: torch.Tensor, *, out_features: int, **_: object) -> Callable[[], torch.Tensor]:
+    """What the op replaces: a bf16 linear of the same shape. The weight is made here, outside the timed call."""
+    weight = torch.randn(out_features, x.shape[1], dtype=torch.bfloat16)
+    activations = x.bfloat16()
+    return lambda: torch.nn.functional.linear(activations, weight)
 
-
-_BF16_WEIGHTS: dict[int, torch.Tensor] = {}
 
 _ODD = (
     Case("one_row", {"tokens": 1, "n": 16, "k": 128}),

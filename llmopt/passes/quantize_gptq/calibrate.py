@@ -121,7 +121,12 @@ def _encode(texts: list[str], model: Any) -> torch.Tensor:
             f"'{getattr(model.config, '_name_or_path', '')}'; load the model from its local directory, "
             "or pass token ids"
         )
-    encoded = [tokenizer(t, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for t in texts if t.strip()]
+    # verbose: the text is cut into rows afterwards, so its length is no reason to warn
+    encoded = [
+        tokenizer(t, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+        for t in texts
+        if t.strip()
+    ]
     if not encoded:
         raise CalibrationError("calibration: the text is empty")
     return torch.cat(encoded)

@@ -18,12 +18,14 @@ from llmopt.ops.int8_linear import int8_linear, quant_rows
 
 
 def kernel_group_size(in_features: int, group_size: int) -> int:
-    """Group size of the packed layout: the checkpoint's, or for per-channel scales (-1) the largest the kernels have."""
-    if group_size in layout.KERNEL_GROUPS:
-        return group_size
-    if group_size == -1:
-        return max((g for g in layout.KERNEL_GROUPS if g <= in_features), default=layout.KERNEL_GROUPS[0])
-    raise InputError.argument("group_size", expected="32, 64, 128 or -1 (per channel)", got=group_size)
+    """Group size of the packed layout: the checkpoint's, or for per-channel scales (-1) the largest the kernels have.
+
+    A row shorter than its group is one group either way; the smallest layout that holds it pads least.
+    """
+    if group_size not in (*layout.KERNEL_GROUPS, -1):
+        raise InputError.argument("group_size", expected="32, 64, 128 or -1 (per channel)", got=group_size)
+    largest = layout.KERNEL_GROUPS[-1] if group_size == -1 else group_size
+    return min(g for g in layout.KERNEL_GROUPS if g >= min(largest, in_features))
 
 
 def spread_scales(scales: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor:

@@ -24,8 +24,11 @@ class LatentAttention:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.rank, self.nope, self.v_dim = module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim
-        self.rope, self.heads = module.qk_rope_head_dim, module.num_heads
+        self.rank: int = module.kv_lora_rank
+        self.nope: int = module.qk_nope_head_dim
+        self.rope: int = module.qk_rope_head_dim
+        self.v_dim: int = module.v_head_dim
+        self.heads: int = module.num_heads
 
     def keep_latent(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stands for ``expand_kv``: latents ``[B, 1, Tk, R]`` and rope keys ``[B, 1, Tk, P]`` go on as they are."""
