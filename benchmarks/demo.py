@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import llmopt
 from llmopt.cli_output import progress
@@ -60,6 +61,7 @@ def main() -> None:
     for name in arguments.models:
         if name not in MODELS:
             parser.error(f"MODEL: expected one of {', '.join(MODELS)}, got {name}")
+    logging.disable_progress_bar()
     reports = []
     for name in arguments.models or MODELS:
         reports.append(optimize(name, arguments.passes))

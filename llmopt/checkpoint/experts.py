@@ -23,6 +23,8 @@ class ExpertLinears(nn.Module):
         down: an expert's linear ``[H, I]``.
     """
 
+    is_packed = True  # as QuantExperts': models.base.resolve then does not look for the 3-D parameters
+
     def __init__(self, gate: Sequence[QuantLinear], up: Sequence[QuantLinear], down: Sequence[QuantLinear]) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.ModuleList(gate), nn.ModuleList(up), nn.ModuleList(down)

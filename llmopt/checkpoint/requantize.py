@@ -50,7 +50,7 @@ def grid_of(module: QuantLinear | QuantEmbedding) -> Grid:
         )  # fmt: skip
         scales.append(s)
         zeros.append(z)
-    perm = module.perm if isinstance(module, QuantLinear) else None
+    perm = module.perm.cpu() if isinstance(module, QuantLinear) and module.perm is not None else None
     all_zeros = torch.cat([z for z in zeros if z is not None]) if asymmetric else None
     return Grid(torch.cat(scales), all_zeros, perm, n, k, module.bits, group)
 
@@ -67,7 +67,7 @@ def pack_rows(read_rows: Callable[[int, int], torch.Tensor], grid: Grid) -> Iter
     """
     for tiles in _tile_blocks(grid.out_features, grid.in_features):
         rows = slice(tiles.start * layout.TILE_ROWS, min(tiles.stop * layout.TILE_ROWS, grid.out_features))
-        weight = read_rows(rows.start, rows.stop).float()
+        weight = read_rows(rows.start, rows.stop).cpu().float()
         if grid.perm is not None:
             weight = weight[:, grid.perm]
         scales = grid.scales[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from llmopt.errors import CheckpointError, InputError, UnsupportedModelError
 from llmopt.measure.report import Report
 from llmopt.models import family_for
 
+_log = logging.getLogger("llmopt")
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -175,8 +177,13 @@ def _write_tokenizer(work: Path, tokenizer: Any, config: Any) -> None:
         return
     root = source.resolve()
     for name in TOKENIZER_FILES:
-        if has(root, name):
+        if not has(root, name):
+            continue
+        try:
             shutil.copyfile(contained(root, name), work / name)
+        except CheckpointError as error:
+            # not worth failing for, but a link to somewhere else must not be published
+            _log.warning("tokenizer file not saved: %s", error)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def tiny(model_type: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any
     for name, value in kept.items():
         module, _, attr = name.rpartition(".")
         getattr(model.get_submodule(module), attr).data = value
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).eval()
     model.config.dtype = dtype
     return model
 

@@ -258,5 +258,12 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert "private.txt" not in contents(second)
     save(load(second), second)
     assert "tokenizer.json" in contents(second)
+    # a link to somewhere else is not followed
+    (tmp_path / "secret").write_text("secret")
+    (second / "tokenizer.json").unlink()
+    (second / "tokenizer.json").symlink_to(tmp_path / "secret")
+    linked = save(load(second), tmp_path / "linked")
+    assert "tokenizer_config.json" in contents(linked)
+    assert "tokenizer.json" not in contents(linked)
     third = save(model, tmp_path / "third")
     assert "tokenizer.json" not in contents(third)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmopt.checkpoint import load, recorded_passes, save
 from llmopt.checkpoint.experts import ExpertLinears
 from llmopt.errors import CheckpointError
-from llmopt.models import family_for
+from llmopt.models import family_for, resolve_model
 from llmopt.passes.quantize_gptq import linear
 from llmopt.passes.quantize_gptq.linear import QuantExperts, QuantLinear
 
@@ -96,6 +96,7 @@ def test_activation_order_of_experts_is_kept_one_by_one(tmp_path: Path, caplog: 
         loaded = load(written.write(tiny("qwen3_moe"), tmp_path / "in"))
     assert isinstance(loaded.model.layers[1].mlp.experts, ExpertLinears)
     assert sum("model.layers.1.mlp.experts" in r.getMessage() for r in caplog.records) == 1
+    assert resolve_model(loaded).layers[1].experts is not None
     expected = logits(loaded)
     directory = save(loaded, tmp_path / "out")
     assert json.loads((directory / "config.json").read_text())["quantization_config"]["desc_act"] is True

@@ -215,6 +215,34 @@ def test_shapes_and_dtypes_on_disk(tmp_path: Path) -> None:
     assert torch.equal(found["g_idx"], torch.arange(256, dtype=torch.int32) // 32)
 
 
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_others_compute_the_same_weights(tmp_path: Path, group_size: int, sym: bool) -> None:
+    """By the formula of AutoGPTQ's own forward pass: shift, mask, add one to each zero, look the group up in g_idx."""
+    model = tiny("qwen3_moe")
+    model.model.layers[0].mlp.up_proj.weight.data.abs_()  # nothing below 0: zero points of 0, which v1 cannot say
+    quantize(model, group_size=group_size, sym=sym)
+    stored = load_file(save(model, tmp_path / "out") / "model.safetensors")
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+
+    def weight(name: str) -> torch.Tensor:
+        qweight, qzeros, scales, g_idx = (stored[f"{name}.{p}"] for p in ("qweight", "qzeros", "scales", "g_idx"))
+        zeros = ((qzeros[:, :, None] >> shifts) & 15).flatten(1) + 1
+        codes = ((qweight[:, None] >> shifts[:, None]) & 15).flatten(0, 1)
+        return (scales.float()[g_idx] * (codes - zeros[g_idx])).t()
+
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and name != "lm_head":
+            assert torch.equal(weight(name), module.dequantize()), name
+        if isinstance(module, QuantExperts):
+            gate_up = [torch.cat([weight(f"{name}.{e}.gate_proj"), weight(f"{name}.{e}.up_proj")]) for e in range(8)]
+            assert torch.equal(torch.stack(gate_up), module.dequantize("gate_up"))
+            down = torch.stack([weight(f"{name}.{e}.down_proj") for e in range(8)])
+            assert torch.equal(down, module.dequantize("down"))
+    if not sym:
+        assert (model.model.layers[0].mlp.up_proj.codes()[2] == 0).all()
+
+
 def test_shards(tmp_path: Path) -> None:
     model = tiny("deepseek_v3")
     originals = quantize(model)

@@ -6,6 +6,7 @@ forward pass meets them. Router, norms, MLA's kv_a projection and float32 island
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patc
 from llmopt.passes.quantize_gptq import sequential
 from llmopt.passes.quantize_gptq.experts import ExpertsResult, solve_experts
 from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantLinear, kernel_group_size
-from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
+from llmopt.passes.quantize_gptq.rounding import Grid, check_weight, round_to_nearest
 from llmopt.passes.quantize_gptq.solver import Solution, solve
 
 GROUP_SIZES = (32, 64, 128, -1)
@@ -54,20 +55,34 @@ class QuantizeGptq(Pass):
     skip: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.bits != 4:
-            raise InputError.argument("bits", expected="4", got=self.bits)
-        if self.group_size not in GROUP_SIZES:
-            raise InputError.argument("group_size", expected="32, 64, 128 or -1 (per channel)", got=self.group_size)
-        if not 0 < self.damp <= 1:
-            raise InputError.argument("damp", expected="a share in (0, 1]", got=self.damp)
-        if self.head_bits not in (4, 8, None):
-            raise InputError.argument("head_bits", expected="4, 8 or None", got=self.head_bits)
-        if self.min_expert_tokens < 1:
-            raise InputError.argument("min_expert_tokens", expected="at least 1", got=self.min_expert_tokens)
+        def require(field_name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise InputError.argument(field_name, expected=expected, got=getattr(self, field_name))
+
+        def whole(value: object) -> bool:
+            return type(value) is int
+
+        require("bits", whole(self.bits) and self.bits == 4, "4")
+        known = whole(self.group_size) and self.group_size in GROUP_SIZES
+        require("group_size", known, "32, 64, 128 or -1 (per channel)")
+        require("sym", isinstance(self.sym, bool), "True or False")
+        require("damp", isinstance(self.damp, int | float) and 0 < self.damp <= 1, "a share in (0, 1]")
+        head_known = self.head_bits is None or (whole(self.head_bits) and self.head_bits in (4, 8))
+        require("head_bits", head_known, "4, 8 or None")
+        require("min_expert_tokens", whole(self.min_expert_tokens) and self.min_expert_tokens > 0, "at least 1")
+        patterns = isinstance(self.skip, tuple) and all(isinstance(p, str) for p in self.skip)
+        require("skip", patterns, "a tuple of name patterns")
 
     def check(self, ctx: PassContext) -> Verdict:
         if not ctx.resolved.layers:
             return Verdict(False, "the model has no decoder layers")
+        names = [site.name for layer in ctx.resolved.layers for site in layer.linears()]
+        names += [layer.experts.name for layer in ctx.resolved.layers if layer.experts is not None]
+        for pattern in self.skip:
+            if not fnmatch.filter(names, pattern):
+                near = difflib.get_close_matches(pattern, names, n=2)
+                hint = f"; nearest: {', '.join(near)}" if near else ""
+                raise InputError(f"skip: expected patterns of linears or experts of the model, got {pattern!r}{hint}")
         return Verdict(True)
 
     def apply(self, ctx: PassContext) -> Applied:
@@ -211,6 +226,8 @@ class _Quantizer:
             return
         weight = head.module.weight
         group = kernel_group_size(weight.shape[1], 128)
+        check_weight(weight, Grid(bits, True), head.name)
+        check_weight(embedding.weight, Grid(8, True), self.resolved.family.embedding)
         if bits == 8:
             q, scales, _ = round_to_nearest(weight, Grid(8, True), group)
             solution = Solution(q[None], scales[None], None, torch.zeros(1), 0.0)
@@ -237,7 +254,7 @@ class _Quantizer:
         table = QuantEmbedding(
             packed, num_embeddings=embedding.num_embeddings, embedding_dim=embedding.embedding_dim, bits=table_bits,
             group_size=group, dtype=embedding.weight.dtype, padding_idx=embedding.padding_idx,
-        )  # fmt: skip
+        ).eval()  # fmt: skip
         parent, attr = self.resolved.parent_of_embedding()
         if self.resolved.tied:
             self.swaps.append(Swap(parent, attr, table))

@@ -38,7 +38,13 @@ def spread_scales(scales: torch.Tensor, in_features: int, group_size: int) -> to
 
 def uses_kernels(x: torch.Tensor) -> bool:
     """True when the compiled CPU kernels serve this tensor."""
-    return x.device.type == "cpu" and native.available()
+    return x.device.type == "cpu" and _have_kernels()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call,untyped-decorator]
+def _have_kernels() -> bool:
+    # torch.compile cannot look into the file system, and need not: the answer is the same for the whole process
+    return native.available()
 
 
 class QuantLinear(nn.Module):

@@ -5,10 +5,12 @@ Letters: b batch (experts), N rows, K columns, g columns of one group.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from llmopt.errors import QuantizationError
 from llmopt.ops.gptq_round import search_scales
 from llmopt.ops.gptq_round.reference import to_codes, to_float16_grid
 
@@ -27,6 +29,16 @@ class Grid:
     @property
     def middle(self) -> int:
         return 1 << (self.bits - 1)
+
+
+def check_weight(w: torch.Tensor, grid: Grid, name: str) -> None:
+    """Raises QuantizationError, naming the layer, if ``w`` holds NaN or Inf, or needs scales that float16 cannot hold."""
+    largest = float(w.abs().max())
+    if not math.isfinite(largest):
+        raise QuantizationError(f"{name}: weight holds NaN or Inf")
+    limit = torch.finfo(torch.float16).max * (grid.middle - 1)
+    if largest > limit:
+        raise QuantizationError(f"{name}: weight of {largest:.3g} needs a scale beyond float16 (weights up to {limit:.3g})")
 
 
 def round_to_nearest(

@@ -20,7 +20,7 @@ import torch
 
 from llmopt.errors import QuantizationError
 from llmopt.ops.gptq_round import round_span, search_scales
-from llmopt.passes.quantize_gptq.rounding import Grid
+from llmopt.passes.quantize_gptq.rounding import Grid, check_weight
 
 # columns rounded between two updates of everything that follows; also the paper's
 _BLOCK = 128
@@ -59,10 +59,12 @@ def solve(
         name: of the layer, for errors.
 
     Raises:
-        QuantizationError: weights or Hessian hold NaN or Inf, or no damping makes the Hessian positive definite.
+        QuantizationError: weights or Hessian hold NaN or Inf, weights need scales beyond float16, or no damping makes the Hessian positive definite.
     """
     w = weight.float().clone()
-    _check_finite(w, hessian, name)
+    check_weight(w, grid, name)
+    if not torch.isfinite(hessian).all():
+        raise QuantizationError(f"{name}: Hessian holds NaN or Inf (the layer's calibration inputs overflow)")
     order = _visiting_order(hessian, group_size)
     w = torch.gather(w, 2, order[:, None, :].expand_as(w))
     h = torch.gather(hessian, 1, order[:, :, None].expand_as(hessian))
@@ -75,13 +77,6 @@ def solve(
     back = torch.argsort(order, dim=1)
     q = torch.gather(q, 2, back[:, None, :].expand_as(q)).to(torch.uint8)
     return Solution(q, scales.to(torch.float16), None if grid.symmetric else zeros.to(torch.uint8), loss, used)
-
-
-def _check_finite(w: torch.Tensor, hessian: torch.Tensor, name: str) -> None:
-    if not torch.isfinite(w).all():
-        raise QuantizationError(f"{name}: weight holds NaN or Inf")
-    if not torch.isfinite(hessian).all():
-        raise QuantizationError(f"{name}: Hessian holds NaN or Inf (the layer's calibration inputs overflow)")
 
 
 def _visiting_order(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
