@@ -47,8 +47,8 @@ $(VENV)/.dependencies: requirements/tested.txt requirements/cmake.txt | $(VENV)/
 
 $(VENV)/.installed: $(VENV)/.dependencies $(BUILD_FILES)
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
-	@test -f llmopt/lib/libllmopt_kernels.so || echo "no compiled kernels, llmopt runs on PyTorch: install g++ and retry"
-	touch $@
+	@if test -f llmopt/lib/libllmopt_kernels.so; then touch $@; \
+	else echo "no C++ compiler: llmopt runs on PyTorch alone; install g++ and run make again"; fi
 
 clean:
 	rm -rf build dist *.egg-info llmopt/lib $(VENV)/.installed report.json report.md report.png

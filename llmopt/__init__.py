@@ -1,8 +1,8 @@
 """llmopt: make a Hugging Face causal LM fast, and measure what each optimization gained.
 
-    import llmopt
-    model = llmopt.optimize(model)
-    llmopt.report(model).print()
+import llmopt
+model = llmopt.optimize(model)
+llmopt.report(model).print()
 """
 
 from __future__ import annotations

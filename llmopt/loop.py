@@ -26,7 +26,7 @@ from llmopt.measure.baseline import Baseline
 from llmopt.measure.quality import Reference, choose_rows, reference
 from llmopt.measure.quality import compare as compare_quality
 from llmopt.measure.report import PassRow, Quality
-from llmopt.model_state import STATES, State
+from llmopt.model_state import State, is_optimized, remember
 from llmopt.models import resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.validate import validate_model
@@ -78,17 +78,25 @@ def optimize(
         PassError: under ``strict``; the model is as it was given.
     """
     chosen = choose(passes)
-    if measure not in (True, False, "full"):
-        raise InputError.argument("measure", expected="True, False or 'full'", got=measure)
-    if quality_budget is not None and not quality_budget > 0:
-        raise InputError.argument("quality_budget", expected="a positive KL divergence in nats", got=quality_budget)
-    if model in STATES:
+    _check_arguments(measure, quality_budget, on_event)
+    if is_optimized(model):
         raise ModelStateError("model: already optimized; call llmopt.restore(model) first")
     resolved = validate_model(model)
     run = _Run(resolved, chosen, measure, quality_budget, strict, on_event or (lambda event: None), seed)
     calibrated = run.prepare_rows(calibration)
     _finish(run, calibrated)
     return model
+
+
+def _check_arguments(measure: object, quality_budget: object, on_event: object) -> None:
+    # `in (True, False)` would let 0 and 1.0 pass
+    if measure is not True and measure is not False and measure != "full":
+        raise InputError.argument("measure", expected="True, False or 'full'", got=measure)
+    is_number = isinstance(quality_budget, int | float) and not isinstance(quality_budget, bool)
+    if quality_budget is not None and not (is_number and quality_budget > 0):  # type: ignore[operator]
+        raise InputError.argument("quality_budget", expected="a positive KL divergence in nats", got=quality_budget)
+    if on_event is not None and not callable(on_event):
+        raise InputError.argument("on_event", expected="a function of one Event", got=on_event)
 
 
 def optimize_built(
@@ -114,7 +122,7 @@ def optimize_built(
 
 def _finish(run: _Run, calibrated: bool) -> None:
     try:
-        STATES[run.resolved.model] = run.run(calibrated)
+        remember(run.resolved.model, run.run(calibrated))
     except BaseException:
         run.stages.as_given()
         raise
@@ -128,7 +136,8 @@ class _Run:
         on_event: Callable[[Event], None], seed: int,
     ) -> None:  # fmt: skip
         self.resolved, self.passes, self.measure, self.strict, self.seed = resolved, passes, measure, strict, seed
-        self.budget, self.emit = budget, on_event
+        self.budget, self._on_event = budget, on_event
+        self._callback_error: BaseException | None = None
         self.stages = Stages(resolved.model)
         self.kept: list[tuple[Pass, Applied]] = []
         self.quality_ref: Reference | None = None
@@ -140,15 +149,25 @@ class _Run:
         self.rows: list[PassRow] = []
         self.baseline: Baseline | None = None
 
+    def emit(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except BaseException as error:
+            # the caller's own error is not a pass's failure: it goes back to the caller
+            self._callback_error = error
+            raise
+
     # ---- data
 
     def prepare_rows(self, calibration: Any) -> bool:
         """Make calibration and held-out rows before any work, so that bad data costs nothing."""
         model, needs = self.resolved.model, any(p.needs_calibration for p in self.passes)
+        if self.random:
+            self.notes.append("random weights: no quality figures")
         if self.random and calibration is None:
             rows = _random_rows(self.resolved, self.seed)
             self.calibration, self.held_out = rows[:-2], rows[-2:]
-            self.notes.append("random weights: no quality figures; calibrated on random token ids")
+            self.notes.append("calibrated on random token ids")
             return needs
         if needs or calibration is not None:
             self.calibration = calibrate.rows(calibration, model, seed=self.seed)
@@ -211,27 +230,31 @@ class _Run:
         verdict = item.check(ctx)
         if not verdict.applies:
             return self._not_kept(PassRow(item.name, "not applicable", verdict.reason, options))
-        started = time.perf_counter()
+        row = PassRow(item.name, "kept", "", options)
         try:
-            applied = item.apply(ctx)
-            seconds = time.perf_counter() - started
-            self.stages.show([*self._patches(), applied.patch])
-        except (InputError, KeyboardInterrupt):
-            raise
+            applied = self._apply(item, ctx, row)
+            if self.measure:
+                self._judge(row, applied, receipt)
         except (LlmoptError, RuntimeError, ArithmeticError, ValueError, MemoryError) as error:
             self.stages.show(self._patches())
-            row = PassRow(item.name, "undone", f"failed, model rolled back: {error}", options)
-            return self._not_kept(row, cause=error)
-        row = PassRow(item.name, "kept", "", options, apply_s=seconds)
-        row.coverage, row.details = dataclasses.asdict(applied.coverage), applied.details
-        if self.measure:
-            self._judge(row, applied, receipt)
+            if isinstance(error, InputError) or error is self._callback_error:
+                raise
+            failed = PassRow(item.name, "undone", f"failed, model rolled back: {error}", options)
+            return self._not_kept(failed, cause=error)
         if row.verdict == "kept":
             self.kept.append((item, applied))
             self.emit(Event("verdict", item.name, f"kept: {row.reason}"))
             return row
         self.stages.show(self._patches())
         return self._not_kept(row)
+
+    def _apply(self, item: Pass, ctx: PassContext, row: PassRow) -> Applied:
+        started = time.perf_counter()
+        applied = item.apply(ctx)
+        row.apply_s = time.perf_counter() - started
+        self.stages.show([*self._patches(), applied.patch])
+        row.coverage, row.details = dataclasses.asdict(applied.coverage), applied.details
+        return applied
 
     def _not_kept(self, row: PassRow, cause: BaseException | None = None) -> PassRow:
         if self.strict:

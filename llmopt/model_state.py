@@ -1,8 +1,7 @@
-"""What llmopt knows of the models it has optimized in this process. Nothing is stored on the models themselves."""
+"""What llmopt knows of a model it has optimized, kept on that model, so that both go together."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,8 @@ from llmopt.models.base import ResolvedModel
 from llmopt.originals import Originals
 from llmopt.passes.base import Applied, Pass
 from llmopt.stages import Stages
+
+_ATTR = "_llmopt_state"
 
 
 @dataclass(slots=True)
@@ -25,7 +26,18 @@ class State:
     report: Report
 
 
-STATES: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+def is_optimized(model: Any) -> bool:
+    """llmopt has optimized this very object, and not restored it."""
+    return _ATTR in getattr(model, "__dict__", {})
+
+
+def remember(model: Any, state: State) -> None:
+    # past nn.Module.__setattr__, which is for parameters and modules; the cycle this makes is one the collector knows
+    vars(model)[_ATTR] = state
+
+
+def forget(model: Any) -> None:
+    del vars(model)[_ATTR]
 
 
 def state_of(model: Any) -> State:
@@ -34,6 +46,7 @@ def state_of(model: Any) -> State:
     Raises:
         InputError: it is not optimized.
     """
-    if model not in STATES:
+    if not is_optimized(model):
         raise InputError("model: not optimized by llmopt in this process (or restored since)")
-    return STATES[model]
+    state: State = vars(model)[_ATTR]
+    return state

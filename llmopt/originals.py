@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from llmopt.errors import CheckpointError
 from llmopt.passes.base import Patch
 
 # below this a file is not worth it
@@ -31,9 +32,13 @@ class Originals:
         live = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         replaced = [s.before for p in patches for s in p.swaps if isinstance(s.before, nn.Module | nn.Parameter)]
         self.tensors: dict[int, nn.Parameter] = {}
+        self._strides: dict[int, tuple[int, ...]] = {}
         for item in replaced:
             for parameter in [item] if isinstance(item, nn.Parameter) else item.parameters():
-                if parameter.untyped_storage().data_ptr() not in live:
+                storage = parameter.untyped_storage()
+                # a view of a larger storage frees nothing, and must stay a view
+                alone = storage.nbytes() == parameter.numel() * parameter.element_size()
+                if alone and storage.data_ptr() not in live:
                     self.tensors[id(parameter)] = parameter
         self.num_bytes = sum(p.numel() * p.element_size() for p in self.tensors.values())
         self.where = "memory"
@@ -54,19 +59,36 @@ class Originals:
         # a model that is dropped takes its file along
         self._finalizer = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         path = folder / "originals.safetensors"
-        save_file({str(k): p.detach().contiguous() for k, p in self.tensors.items()}, path)
-        for parameter in self.tensors.values():
+        try:
+            save_file({str(k): p.detach().contiguous() for k, p in self.tensors.items()}, path)
+        except (OSError, SafetensorError) as error:
+            self._finalizer()
+            return f"original weights ({self.num_bytes / 1e9:.2f} GB) stay in memory for restore(): {error}"
+        for key, parameter in self.tensors.items():
+            self._strides[key] = parameter.stride()
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         self._file, self.where = path, "disk"
         return f"original weights ({self.num_bytes / 1e9:.2f} GB) wait on disk for restore(), out of memory"
 
     def bring_back(self) -> None:
-        """Put every tensor back where it was."""
+        """Put every tensor back where it was.
+
+        Raises:
+            CheckpointError: the file is gone or damaged; nothing has been changed.
+        """
         if self._file is None:
             return
-        with safe_open(str(self._file), framework="pt") as file:
-            for key, parameter in self.tensors.items():
-                parameter.data = file.get_tensor(str(key)).to(parameter.device)
+        try:
+            with safe_open(str(self._file), framework="pt") as file:
+                values = {key: file.get_tensor(str(key)) for key in self.tensors}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._file}: the original weights cannot be read back: {error}") from None
+        for key, parameter in self.tensors.items():
+            # strides too: products of the same numbers laid out otherwise differ in their last bits
+            value = values[key]
+            parameter.data = torch.empty_strided(
+                value.shape, self._strides[key], dtype=value.dtype, device=parameter.device
+            ).copy_(value)
         self._finalizer()
         self._file, self.where = None, "memory"
 

@@ -22,6 +22,7 @@ class Stages:
         self.model = model
         self.given: tuple[str, str] = self._implementations()
         self._shown: tuple[Patch, ...] = ()
+        self._over = self.given
 
     def _implementations(self) -> tuple[str, str]:
         config = self.model.config
@@ -34,11 +35,12 @@ class Stages:
     def show(self, patches: Sequence[Patch], implementations: tuple[str, str] | None = None) -> Any:
         """The model with exactly these patches on, over these implementations (default: as given)."""
         wanted = implementations or self.given
-        if tuple(patches) != self._shown or not patches:
+        if (tuple(patches), wanted) != (self._shown, self._over) or not patches:
             for patch in reversed(self._shown):
                 patch.disable()
             self._shown = ()
             self._set(wanted)
+            self._over = wanted
             for patch in patches:
                 patch.enable()
                 self._shown = (*self._shown, patch)

@@ -12,7 +12,7 @@ import torch
 from llmopt.errors import InputError
 from llmopt.loop import optimize
 from llmopt.measure.report import Report
-from llmopt.model_state import STATES, state_of
+from llmopt.model_state import forget, is_optimized, state_of
 from llmopt.models import resolve_model
 from llmopt.passes import choose
 from llmopt.passes.base import Pass, PassContext
@@ -34,7 +34,7 @@ def restore(model: Any) -> Any:
     state = state_of(model)
     state.originals.bring_back()
     state.stages.as_given()
-    del STATES[model]
+    forget(model)
     return model
 
 
@@ -48,9 +48,9 @@ def save(model: Any, directory: str | Path, *, tokenizer: Any = None) -> Path:
     """
     from llmopt import checkpoint
 
-    if model not in STATES:
+    if not is_optimized(model):
         return checkpoint.save(model, directory, tokenizer=tokenizer)
-    state = STATES[model]
+    state = state_of(model)
     originals = {}
     family = state.resolved.family
     for path, module in ((family.embedding, state.resolved.embedding), (family.head, state.resolved.head.module)):
@@ -119,7 +119,7 @@ def compare(models: Mapping[str, Any], **settings: Any) -> list[Report]:
         raise InputError.argument("models", expected="at least one model", got=models)
     reports = []
     for name, model in models.items():
-        if model not in STATES:
+        if not is_optimized(model):
             optimize(model, **settings)
         receipt = report(model)
         receipt.model["name"] = name

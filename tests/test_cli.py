@@ -273,12 +273,12 @@ def test_read_calibration_refuses(text: str, tmp_path: Path) -> None:
         cli_models.read_calibration(tmp_path / "c.json")
 
 
-def test_build_shape_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmopt.measure import memory
+def test_bench_refuses_a_shape_that_only_fits_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmopt import bench
 
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000_000)
-    with pytest.raises(InputError, match=r"qwen3-0\.6b takes 1\.19 GB in bfloat16, 1\.00 GB of memory are available"):
-        cli_models.build_shape("qwen3-0.6b")
+    monkeypatch.setattr(bench, "available_bytes", lambda: 1_000_000_000)
+    with pytest.raises(InputError, match=r"qwen3-0\.6b does not fit into memory in bfloat16"):
+        bench.bench_shape("qwen3-0.6b", ["swap_flash_attention"])
 
 
 def run_events(capsys: pytest.CaptureFixture[str]) -> str:

@@ -23,9 +23,7 @@ namespace {
 constexpr int64_t kPage = 4096;
 constexpr int64_t kReadChunk = 2048 * kPage;
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 CeilingLoops loops_of(Isa isa) {
 #if defined(LLMOPT_X86)

@@ -32,17 +32,17 @@ struct QuantWeight {
 
 // Quantized activations of `tokens` tokens, in caller-owned memory.
 struct QuantTokens {
-  int8_t* q;       // [tokens, padded_cols]
-  float* scales;   // [tokens, num_groups]
-  int32_t* sums;   // [tokens, num_groups]
+  int8_t* q;      // [tokens, padded_cols]
+  float* scales;  // [tokens, num_groups]
+  int32_t* sums;  // [tokens, num_groups]
   int64_t padded_cols, num_groups;
 };
 
 struct Output {
-  void* data;          // element [token 0, row 0]
-  int64_t stride;      // elements between tokens
-  int dtype;           // DType
-  const void* bias;    // [rows] of the same dtype, or null
+  void* data;        // element [token 0, row 0]
+  int64_t stride;    // elements between tokens
+  int dtype;         // DType
+  const void* bias;  // [rows] of the same dtype, or null
 };
 
 struct LinearKernels {

@@ -40,7 +40,9 @@ void quantize_tokens(const void* x, int64_t stride, int64_t cols, int group, int
       for (int i = 0; i < group / 16; ++i) sum = add(sum, store_s8(q + k0 + 16 * i, mul(values[i], inverse)));
       // a NaN or Inf among the inputs must reach the output, and integers cannot carry it
       const bool finite = bits < 0x7f800000;
-      out.scales[t * out.num_groups + g] = zero ? 0.0f : finite ? amax / 127.0f : std::numeric_limits<float>::quiet_NaN();
+      out.scales[t * out.num_groups + g] = zero     ? 0.0f
+                                           : finite ? amax / 127.0f
+                                                    : std::numeric_limits<float>::quiet_NaN();
       out.sums[t * out.num_groups + g] = reduce_add(sum);
     }
   }

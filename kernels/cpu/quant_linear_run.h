@@ -57,8 +57,8 @@ inline void run_linear(const QuantWeight& w, const void* x, int dtype, int64_t s
 }
 
 // y[T, rows] = x[T, cols] @ weight.T + bias
-inline void linear_op(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias, TensorView y, int64_t group,
-                      int bits, bool asymmetric) {
+inline void linear_op(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias, TensorView y,
+                      int64_t group, int bits, bool asymmetric) {
   const int64_t rows = y.size(y.ndim() - 1), cols = x.size(x.ndim() - 1);
   const QuantWeight w = quant_weight("packed", packed, rows, cols, group, bits, asymmetric);
   check_cpu("x", x);

@@ -57,7 +57,8 @@ inline void split_bf16(F32x16 pairs, F32x16& low, F32x16& high) {
   high = {_mm256_castsi256_ps(_mm256_and_si256(a, mask)), _mm256_castsi256_ps(_mm256_and_si256(b, mask))};
 }
 inline F32x16 load_f16(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline F32x16 load_f16_n(const uint16_t* p, int n) {
   uint16_t t[16] = {0};
@@ -217,7 +218,9 @@ inline Quad load_quad(const int8_t* p) {
 inline __m256i dot_half_u4(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
-inline I32x16 dot_u4(I32x16 acc, U8x64 w, Quad x) { return {dot_half_u4(acc.a, w.a, x.v), dot_half_u4(acc.b, w.b, x.v)}; }
+inline I32x16 dot_u4(I32x16 acc, U8x64 w, Quad x) {
+  return {dot_half_u4(acc.a, w.a, x.v), dot_half_u4(acc.b, w.b, x.v)};
+}
 // full bytes would saturate vpmaddubsw, so they go as two nibbles
 inline __m256i dot_half_u8(__m256i acc, __m256i w, __m256i x) {
   const __m256i m = _mm256_set1_epi8(15);
@@ -226,6 +229,8 @@ inline __m256i dot_half_u8(__m256i acc, __m256i w, __m256i x) {
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(lo, _mm256_set1_epi16(1)));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(hi, _mm256_set1_epi16(16)));
 }
-inline I32x16 dot_u8(I32x16 acc, U8x64 w, Quad x) { return {dot_half_u8(acc.a, w.a, x.v), dot_half_u8(acc.b, w.b, x.v)}; }
+inline I32x16 dot_u8(I32x16 acc, U8x64 w, Quad x) {
+  return {dot_half_u8(acc.a, w.a, x.v), dot_half_u8(acc.b, w.b, x.v)};
+}
 
 }  // namespace llmopt::avx2

@@ -75,7 +75,8 @@ inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 inline F32x16 sum_each(const F32x16 (&x)[16]) {
   __m512 t[8], u[4];
   for (int i = 0; i < 8; ++i)
-    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    t[i] =
+        _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
   for (int i = 0; i < 4; ++i) {
     const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
     u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
@@ -102,8 +103,10 @@ inline void transpose(F32x16 (&x)[16]) {
   }
   // now x[4 * g + c] holds, in its four 128-bit quarters q, column 4 * q + c of rows 4 * g .. 4 * g + 3
   for (int c = 0; c < 4; ++c) {
-    const __m512 a = _mm512_shuffle_f32x4(x[c].v, x[4 + c].v, 0x88), b = _mm512_shuffle_f32x4(x[8 + c].v, x[12 + c].v, 0x88);
-    const __m512 d = _mm512_shuffle_f32x4(x[c].v, x[4 + c].v, 0xdd), e = _mm512_shuffle_f32x4(x[8 + c].v, x[12 + c].v, 0xdd);
+    const __m512 a = _mm512_shuffle_f32x4(x[c].v, x[4 + c].v, 0x88),
+                 b = _mm512_shuffle_f32x4(x[8 + c].v, x[12 + c].v, 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(x[c].v, x[4 + c].v, 0xdd),
+                 e = _mm512_shuffle_f32x4(x[8 + c].v, x[12 + c].v, 0xdd);
     t[c] = _mm512_shuffle_f32x4(a, b, 0x88);
     t[8 + c] = _mm512_shuffle_f32x4(a, b, 0xdd);
     t[4 + c] = _mm512_shuffle_f32x4(d, e, 0x88);

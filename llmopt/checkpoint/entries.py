@@ -260,18 +260,19 @@ def _zeros(zeros: torch.Tensor | None, scales: torch.Tensor, bits: int) -> torch
 def _fused_linears(module: QuantExperts, expert: int) -> tuple[Any, Any, Any]:
     """One expert's linears as ``(N, K, module, recipe for its codes)``: gate, up, down."""
     wide, inner = module.hidden_dim, module.intermediate_dim
-    gate_up, down = (module.gate_up, wide, module.gate_up_group), (module.down, inner, module.down_group)
     return (
-        (inner, wide, module, partial(_expert_codes, module, *gate_up, expert, range(inner))),
-        (inner, wide, module, partial(_expert_codes, module, *gate_up, expert, range(inner, 2 * inner))),
-        (wide, inner, module, partial(_expert_codes, module, *down, expert, range(wide))),
+        (inner, wide, module, partial(_expert_codes, module, "gate_up", expert, range(inner))),
+        (inner, wide, module, partial(_expert_codes, module, "gate_up", expert, range(inner, 2 * inner))),
+        (wide, inner, module, partial(_expert_codes, module, "down", expert, range(wide))),
     )
 
 
-def _expert_codes(
-    module: QuantExperts, packed: torch.Tensor, in_features: int, group: int, expert: int, rows: range
-) -> Codes:
+def _expert_codes(module: QuantExperts, part: str, expert: int, rows: range) -> Codes:
     """Codes of some rows of one expert, unpacked from the tiles they lie in."""
+    if part == "gate_up":
+        packed, in_features, group = module.gate_up, module.hidden_dim, module.gate_up_group
+    else:
+        packed, in_features, group = module.down, module.intermediate_dim, module.down_group
     first, last = rows.start // layout.TILE_ROWS, -(-rows.stop // layout.TILE_ROWS)
     before = rows.start - first * layout.TILE_ROWS
     q, scales, zeros = layout.unpack(

@@ -81,8 +81,7 @@ def save(
     family = family_for(config.model_type)
     target = Path(directory).resolve()
     _check_target(target)
-    v2 = checkpoint_format == "gptq_v2"
-    plan = Planner(model, family, originals or {}, v2=v2).run()
+    plan = Planner(model, family, originals or {}, v2=checkpoint_format == "gptq_v2").run()
     if passes is None:
         passes = {} if report is None else {row.name: row.options for row in report.kept()}
     record = Manifest(
@@ -96,7 +95,7 @@ def save(
         with staged(target) as work:
             weights = _write_weights(work, plan, max_shard_bytes)
             record.weights = {w.name: FileRecord(w.nbytes, w.sha256) for w in weights}
-            _write_configs(work, model, plan, dtype=dtype, v2=v2)
+            _write_configs(work, model, plan, dtype=dtype, v2=checkpoint_format == "gptq_v2")
             _write_tokenizer(work, tokenizer, config)
             record.files = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
             _write_json(work / MANIFEST, manifests.to_json(record))

@@ -153,7 +153,7 @@ class CeilingMeter:
             int8_tops=self.interval("int8_tops"),
             bf16_tflops=self.interval("bf16_tflops"),
             fp32_tflops=self.interval("fp32_tflops"),
-            isa=native.active_isa(),
+            isa=native.active_isa() if self.samples else "",
             threads=threads() if self.samples else 0,
         )
 

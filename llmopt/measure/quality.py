@@ -51,11 +51,12 @@ def compare(resolved: ResolvedModel, ref: Reference) -> Quality:
         rows = slice(start, start + logits.shape[0])
         start = rows.stop
         base, now = ref.log_probs[rows], logits.log_softmax(-1)
-        kl = (base.exp() * (base - now)).sum(-1)
+        # rounding may leave a divergence just below zero
+        kl = (base.exp() * (base - now)).sum(-1).clamp(min=0)
         kl_sum += kl.double().sum()
-        kl_max = max(kl_max, float(kl.max())) if torch.isfinite(kl).all() else math.nan
+        kl_max = _worst(kl_max, float(kl.max()))
         agree += int((base.argmax(-1) == now.argmax(-1)).sum())
-        logit_diff = max(logit_diff, float((base - now).abs().max()))
+        logit_diff = _worst(logit_diff, float((base - now).abs().max()))
         nll += float(_nll(now, ref.ids[rows])) * logits.shape[0]
     tokens = ref.ids.numel()
     perplexity = _exp(nll / ref.ids.shape[0])
@@ -78,7 +79,12 @@ def _nll(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x > 700 else math.exp(x)
+
+
+def _worst(a: float, b: float) -> float:
+    """The larger, or NaN if either is: ``max`` would drop it."""
+    return math.nan if math.isnan(a + b) else max(a, b)
 
 
 def _layer_outputs(resolved: ResolvedModel, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -104,7 +110,8 @@ def _first_divergence(
     divergent = None
     broken = [layer.name for layer, x in zip(resolved.layers, now, strict=True) if not torch.isfinite(x).all()]
     for layer, a, b in zip(resolved.layers, now, base, strict=True):
-        if float((a - b).norm()) > rounding * float(b.norm()):
+        # "not within", so that NaN counts as off
+        if not float((a - b).norm()) <= rounding * float(b.norm()):
             divergent = layer.name
             break
     return divergent, broken

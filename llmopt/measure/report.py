@@ -85,9 +85,9 @@ class Ceilings:
     read_gb_per_s: Interval | None = None
     int8_tops: Interval | None = None  # dot-product instruction in force (vpdpbusd on AVX-512), 2 operations per MAC
     bf16_tflops: Interval | None = None
+    threads: int = 0
     fp32_tflops: Interval | None = None
     isa: str = ""
-    threads: int = 0
 
 
 @dataclass(slots=True)

@@ -67,7 +67,7 @@ def run_once(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, 
     started = time.perf_counter()
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-        do_sample=False, num_beams=1, streamer=clock, pad_token_id=0,
+        do_sample=False, num_beams=1, num_return_sequences=1, streamer=clock, pad_token_id=0,
     )  # fmt: skip
     stamps = torch.tensor(clock.stamps[1:], dtype=torch.float64) - started
     gaps = stamps[1:] - stamps[:-1]
@@ -111,7 +111,7 @@ def interleaved(
     started = time.perf_counter()
     for done in range(plan.max_rounds):
         spent = time.perf_counter() - started
-        if done >= plan.min_rounds and spent + spent / done > plan.budget_s:
+        if done >= max(plan.min_rounds, 1) and spent + spent / done > plan.budget_s:
             break
         for i in range(len(names)):
             name = names[(i + done) % len(names)]

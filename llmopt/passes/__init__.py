@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llmopt.errors import InputError
 from llmopt.passes.base import Pass
@@ -23,6 +23,8 @@ def choose(passes: Sequence[str | Pass] | None) -> list[Pass]:
     """
     if isinstance(passes, str | Pass):
         passes = [passes]
+    if passes is not None and not isinstance(passes, Iterable):
+        raise InputError.argument("passes", expected="None, or a sequence of names and Pass objects", got=passes)
     chosen: list[Pass] = []
     for item in list(PASSES) if passes is None else passes:
         if isinstance(item, Pass):

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from llmopt.checkpoint import load
+from llmopt.errors import CheckpointError
 from llmopt.models import FAMILIES, family_for, resolve_model
 from llmopt.models.base import LinearSite, ResolvedModel
 from llmopt.ops.int4_linear import layout
@@ -206,3 +209,11 @@ def edit_tensors(directory: Path, **changes: Any) -> None:
         else:
             tensors[name] = (value(tensors[name]) if callable(value) else value).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def refused(directory: Path, *parts: str) -> None:
+    """Loading the directory is a CheckpointError whose message has all the parts."""
+    with pytest.raises(CheckpointError) as error:
+        load(directory)
+    for part in parts:
+        assert part in str(error.value), f"{part!r} not in {error.value}"

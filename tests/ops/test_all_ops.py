@@ -259,7 +259,9 @@ def test_python_threads_may_share_the_weights(name: str) -> None:
     calls = []
     for i in range(4):
         other = spec.make_inputs(biggest_small(name), 9 + i)
-        calls.append({k: base[k] if isinstance(v, torch.Tensor) and v.dtype == torch.uint8 else v for k, v in other.items()})
+        calls.append(
+            {k: base[k] if isinstance(v, torch.Tensor) and v.dtype == torch.uint8 else v for k, v in other.items()}
+        )
     expected = [spec.run(**call) for call in calls]
     wrong: list[int] = []
     start = threading.Barrier(len(calls))
@@ -285,7 +287,9 @@ def registered() -> list[str]:
     """Names of all torch ops of the project."""
     for spec in SPECS.values():
         assert spec.run is not None  # importing the specs registers the ops
-    names = {n.removeprefix("llmopt::").partition(".")[0] for n in torch._C._dispatch_get_all_op_names() if "llmopt::" in n}
+    names = {
+        n.removeprefix("llmopt::").partition(".")[0] for n in torch._C._dispatch_get_all_op_names() if "llmopt::" in n
+    }
     return sorted(names)
 
 

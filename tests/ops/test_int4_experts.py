@@ -52,9 +52,7 @@ def test_the_order_of_the_choices_does_not_matter_much(isa: str) -> None:
 def test_one_token_alone_gives_what_it_gives_in_a_batch(isa: str) -> None:
     inputs = given(tokens=45)
     whole = int4_experts(**inputs)
-    rows = [
-        int4_experts(**(inputs | {k: inputs[k][t : t + 1] for k in ("x", "index", "weights")})) for t in range(45)
-    ]
+    rows = [int4_experts(**(inputs | {k: inputs[k][t : t + 1] for k in ("x", "index", "weights")})) for t in range(45)]
     assert torch.equal(whole, torch.cat(rows))
 
 

@@ -46,9 +46,7 @@ def test_unpack_gives_back_what_pack_took(bits: int, asymmetric: bool, lead: tup
         assert packed.dtype == torch.uint8
         assert packed.is_contiguous()
         assert tuple(packed.shape) == (*lead, *layout.packed_shape(n, k, group, bits=bits, asymmetric=asymmetric))
-        back = layout.unpack(
-            packed, out_features=n, in_features=k, group_size=group, bits=bits, asymmetric=asymmetric
-        )
+        back = layout.unpack(packed, out_features=n, in_features=k, group_size=group, bits=bits, asymmetric=asymmetric)
         assert torch.equal(back[0], q)
         assert torch.equal(back[1], scales)
         assert back[2] is None if zeros is None else torch.equal(back[2], zeros)
@@ -69,9 +67,7 @@ def spread(x: torch.Tensor, group: int, k: int) -> torch.Tensor:
 def test_padding_stands_for_zero(asymmetric: bool) -> None:
     n, k, group = 5, 40, 32
     packed = weight(n, k, group, asymmetric=asymmetric)
-    whole = layout.dequantize(
-        packed, out_features=16, in_features=64, group_size=group, bits=4, asymmetric=asymmetric
-    )
+    whole = layout.dequantize(packed, out_features=16, in_features=64, group_size=group, bits=4, asymmetric=asymmetric)
     assert not whole[:n, k:].any()
     assert not whole[n:].any()
 

@@ -25,9 +25,7 @@ def packed(bits: int = 8, *, asymmetric: bool = False, seed: int = 0) -> torch.T
 
 
 def table(weight: torch.Tensor, bits: int = 8, *, asymmetric: bool = False) -> torch.Tensor:
-    return layout.dequantize(
-        weight, out_features=N, in_features=K, group_size=GROUP, bits=bits, asymmetric=asymmetric
-    )
+    return layout.dequantize(weight, out_features=N, in_features=K, group_size=GROUP, bits=bits, asymmetric=asymmetric)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 30])
@@ -111,9 +109,7 @@ def test_bad_calls_name_the_argument(change: dict[str, Any], named: str) -> None
 def test_rows_are_those_of_the_table_bit_by_bit(bits: int, asymmetric: bool, isa: str, nan_memory: None) -> None:
     weight = packed(bits, asymmetric=asymmetric)
     ids = torch.tensor([[36, 0, 5], [5, 17, 16]])
-    got = quant_rows(
-        ids, weight, out_features=N, in_features=K, group_size=GROUP, bits=bits, asymmetric=asymmetric
-    )
+    got = quant_rows(ids, weight, out_features=N, in_features=K, group_size=GROUP, bits=bits, asymmetric=asymmetric)
     assert got.dtype == torch.float32
     assert torch.equal(got, table(weight, bits, asymmetric=asymmetric)[ids])
 
@@ -135,9 +131,7 @@ def test_rows_keep_the_shape_of_the_ids(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("wrong", [N, -1, 2**40], ids=["one_too_many", "negative", "huge"])
 def test_an_id_outside_the_table_is_an_index_error(wrong: int) -> None:
     with pytest.raises(IndexError, match=rf"ids: expected values in \[0, {N}\), got {wrong}"):
-        quant_rows(
-            torch.tensor([0, wrong]), packed(), out_features=N, in_features=K, group_size=GROUP, bits=8
-        )
+        quant_rows(torch.tensor([0, wrong]), packed(), out_features=N, in_features=K, group_size=GROUP, bits=8)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,23 @@ def test_all_passes_together_in_any_subset(family: str, tiny: Any, token_rows: A
 
 
 @every_family
+def test_a_pass_leaves_nothing_on_what_an_earlier_one_put_in(family: str, tiny: Any, token_rows: Any) -> None:
+    model, rows = tiny(family), token_rows(2, 24)
+    chosen = sorted((PASSES[n]() for n in PASSES), key=lambda p: p.phase)
+    for item in chosen:
+        if not item.check(context(model, rows)).applies:
+            continue
+        before = identities(model)
+        applied = item.apply(context(model, rows))
+        applied.patch.enable()
+        model.generate(rows[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+        applied.patch.disable()
+        # prefill and decode have run: what the pass made on the way is gone with it
+        assert identities(model) == before, item.name
+        applied.patch.enable()
+
+
+@every_family
 def test_decoding_step_by_step_agrees_with_the_whole(family: str, tiny: Any, token_rows: Any) -> None:
     model, ids = tiny(family), token_rows(2, 24)
     for name in PASSES:

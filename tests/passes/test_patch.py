@@ -233,7 +233,7 @@ def test_options_given_with_the_object_are_kept() -> None:
     ids=["misspelt", "dash", "unknown", "number", "none", "class", "twice"],
 )
 def test_what_is_no_pass_is_refused(given: list[Any], says: str) -> None:
-    with pytest.raises(InputError, match="^passes: ") as caught:
+    with pytest.raises(InputError, match=r"^passes: ") as caught:
         choose(given)
     assert says in str(caught.value)
     if says == "expected names among":

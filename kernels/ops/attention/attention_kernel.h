@@ -74,8 +74,7 @@ class Attention {
       const float weight = exp2_weight(part(i)[r] - base);
       sum += weight * part(i)[rows_ + r];
       const float* in = part(i) + 2 * rows_ + r * width;
-      for (int64_t d = 0; d < width; d += 16)
-        store(acc_ + d, fmadd(set1(weight), load(in + d), load(acc_ + d)));
+      for (int64_t d = 0; d < width; d += 16) store(acc_ + d, fmadd(set1(weight), load(in + d), load(acc_ + d)));
     }
     write(row, acc_, sum);
   }
@@ -235,7 +234,7 @@ class Attention {
   template <int R, int V>
   void add_values(int64_t r, int64_t key, int64_t n) {
     product<R, V, kDType, true>(scores_ + r * kTileKeys, kTileKeys, value_at(key), p_.v_stride.t,
-                          acc_ + r * layout_.value_stride, layout_.value_stride, n, keep_ + r, p_.dim_v);
+                                acc_ + r * layout_.value_stride, layout_.value_stride, n, keep_ + r, p_.dim_v);
   }
 
   // turns the scores of rows [begin, end) into weights; updates maximum, sum and what to keep of acc. `begin` is a
@@ -262,8 +261,7 @@ class Attention {
       }
       tile_[r] = reduce_add(total);
     }
-    for (int64_t r = begin; r < end; r += 16)
-      store(sum_ + r, fmadd(load(sum_ + r), load(keep_ + r), load(tile_ + r)));
+    for (int64_t r = begin; r < end; r += 16) store(sum_ + r, fmadd(load(sum_ + r), load(keep_ + r), load(tile_ + r)));
   }
 
   // masks a row's scores of this tile and gives their maximum

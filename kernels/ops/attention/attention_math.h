@@ -78,8 +78,7 @@ inline void product_block(const float* a, int64_t lda, const void* b, int64_t ld
     F32x16 x[V];
     if constexpr (kStream && kPairs<kDType> && V > 1) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v += 2)
-        split_bf16(load_bits<kDType>(b, j * ldb + 16 * v), x[v], x[v + 1]);
+      for (int v = 0; v < V; v += 2) split_bf16(load_bits<kDType>(b, j * ldb + 16 * v), x[v], x[v + 1]);
     } else {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v)
@@ -204,8 +203,10 @@ inline void pack_transposed(const void* in, int64_t stride, int64_t n, int64_t d
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const int64_t at = (key + i) * stride + d;
-        if (key + i >= n) x[i] = zero_f32();
-        else x[i] = lanes == 16 ? load_as<kDType>(in, at) : load_as_n<kDType>(in, at, lanes);
+        if (key + i >= n)
+          x[i] = zero_f32();
+        else
+          x[i] = lanes == 16 ? load_as<kDType>(in, at) : load_as_n<kDType>(in, at, lanes);
         if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, at + kTileKeys * stride);
       }
       transpose(x);

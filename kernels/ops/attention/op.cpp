@@ -58,7 +58,8 @@ void add_masks(AttentionParams& p, const Optional<TensorView>& key_mask, const O
 
 void add_rope(AttentionParams& p, const Optional<TensorView>& q_rope, const Optional<TensorView>& k_rope, DType dtype) {
   if (q_rope.has_value() != k_rope.has_value())
-    TVM_FFI_THROW(ValueError) << (q_rope.has_value() ? "k_rope" : "q_rope") << ": expected a tensor beside the other one";
+    TVM_FFI_THROW(ValueError) << (q_rope.has_value() ? "k_rope" : "q_rope")
+                              << ": expected a tensor beside the other one";
   if (!q_rope.has_value()) return;
   p.dim_rope = (*q_rope).ndim() == 4 ? (*q_rope).size(3) : -1;
   check_tensor("q_rope", *q_rope, {p.batch, p.heads, p.tq, -1}, dtype);
@@ -103,8 +104,13 @@ AttentionJob job_at(const AttentionParams& p, const Plan& plan, int64_t index) {
   const int64_t units = p.batch * p.kv_heads;
   const int64_t tile = plan.num_tiles - 1 - rest / units, unit = rest % units;
   const int64_t row = tile * plan.tile_rows, key = split * plan.split_keys;
-  return {unit / p.kv_heads, unit % p.kv_heads, row, std::min(row + plan.tile_rows, p.rows()), key,
-          std::min(key + plan.split_keys, p.tk), nullptr};
+  return {unit / p.kv_heads,
+          unit % p.kv_heads,
+          row,
+          std::min(row + plan.tile_rows, p.rows()),
+          key,
+          std::min(key + plan.split_keys, p.tk),
+          nullptr};
 }
 
 void run(const AttentionParams& p, const AttentionKernels& kernels) {
@@ -115,7 +121,8 @@ void run(const AttentionParams& p, const AttentionKernels& kernels) {
   const bool split = plan.num_splits > 1;
   const int64_t stride = layout.partial_size(plan.tile_rows);
   float* partials =
-      split ? reinterpret_cast<float*>(partial_scratch.get(static_cast<size_t>(jobs * stride) * sizeof(float))) : nullptr;
+      split ? reinterpret_cast<float*>(partial_scratch.get(static_cast<size_t>(jobs * stride) * sizeof(float)))
+            : nullptr;
 #pragma omp parallel num_threads(plan.threads)
   {
     float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(layout.total) * sizeof(float)));

@@ -74,7 +74,8 @@ inline void search(const float* w, int64_t stride, int rows, int64_t columns, co
   for (int i = 0; i < kShrinks * (symmetric ? 2 : 1); ++i) {
     // a symmetric grid reaches one step further down than up, so the sign of the scale is a choice too
     const int step = symmetric ? i / 2 : i;
-    const float share = (1.0f - 0.55f * static_cast<float>(step) / (kShrinks - 1)) * (symmetric && i % 2 ? -1.0f : 1.0f);
+    const float share =
+        (1.0f - 0.55f * static_cast<float>(step) / (kShrinks - 1)) * (symmetric && i % 2 ? -1.0f : 1.0f);
     const F32x16 scale = storable(mul(cover, set1(share)));
     store(now, grid_error(w, stride, rows, columns, weight, scale, zero, top, lanes));
     store(candidate, scale);

@@ -28,7 +28,8 @@ void search(TensorView w, TensorView weight, TensorView scale, TensorView zero, 
   float *s = floats("scale", scale), *z = floats("zero", zero);
   const RoundKernels& kernels = round_kernels(active_isa());
   const int64_t blocks = (n + 15) / 16;
-#pragma omp parallel for schedule(static) num_threads(threads_for(batch * blocks, 1))
+  const int threads = threads_for(batch * blocks, 1);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < batch * blocks; ++i) {
     const int64_t b = i / blocks, row = i % blocks * 16;
     const int rows = n - row < 16 ? static_cast<int>(n - row) : 16;
@@ -53,7 +54,8 @@ void round_span(TensorView w, TensorView u, TensorView scale, TensorView zero, T
   float *codes = floats("q", q), *errors = floats("error", error);
   const RoundKernels& kernels = round_kernels(active_isa());
   const int64_t blocks = (n + 15) / 16;
-#pragma omp parallel for schedule(static) num_threads(threads_for(batch * blocks, 1))
+  const int threads = threads_for(batch * blocks, 1);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < batch * blocks; ++i) {
     const int64_t b = i / blocks, row = i % blocks * 16, at = b * n + row;
     const int rows = n - row < 16 ? static_cast<int>(n - row) : 16;

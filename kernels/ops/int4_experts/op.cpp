@@ -39,7 +39,8 @@ std::vector<Task> tasks_for(const Routing& r, int64_t tiles) {
     const int64_t pairs = r.starts[e + 1] - r.starts[e];
     if (pairs == 0) continue;
     for (int64_t t = 0; t < tiles; t += kTaskTiles)
-      tasks.push_back({static_cast<int64_t>(e), r.starts[e], pairs, t, t + kTaskTiles < tiles ? t + kTaskTiles : tiles});
+      tasks.push_back(
+          {static_cast<int64_t>(e), r.starts[e], pairs, t, t + kTaskTiles < tiles ? t + kTaskTiles : tiles});
   }
   return tasks;
 }
@@ -123,7 +124,8 @@ void run_chunk(const Experts& m, const Io& io, int64_t begin, int64_t end) {
   }
   std::vector<int64_t> where(pairs);
   for (int64_t i = 0; i < pairs; ++i) where[r.order[i] - begin * io.k] = i;
-#pragma omp parallel for schedule(static) num_threads(threads_for(pairs * hidden, 32768))
+  const int threads = threads_for(pairs * hidden, 32768);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t t = 0; t < tokens; ++t) {
     std::vector<const float*> rows(io.k);
     for (int64_t j = 0; j < io.k; ++j) rows[j] = result + where[t * io.k + j] * hidden;
@@ -165,8 +167,8 @@ void int4_experts(TensorView x, TensorView index, TensorView weights, TensorView
       TVM_FFI_THROW(IndexError) << "index: expected values in [0, " << experts << "), got " << chosen[i];
   }
   if (k == 0) TVM_FFI_THROW(ValueError) << "index: expected at least one expert a token";
-  const Io io{x.data_ptr(), x.stride(0), chosen, static_cast<const float*>(weights.data_ptr()), out.data_ptr(),
-              out.stride(0), k, static_cast<int>(dtype)};
+  const Io io{x.data_ptr(),   x.stride(0),   chosen, static_cast<const float*>(weights.data_ptr()),
+              out.data_ptr(), out.stride(0), k,      static_cast<int>(dtype)};
   const int64_t step = std::max<int64_t>(1, kScratchBytes / (k * (2 * inner + hidden) * 4));
   for (int64_t t = 0; t < tokens; t += step) run_chunk(m, io, t, std::min(tokens, t + step));
 }

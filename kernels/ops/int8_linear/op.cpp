@@ -4,7 +4,8 @@ namespace {
 
 using tvm::ffi::TensorView;
 
-void int8_linear(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias, TensorView y, int64_t group) {
+void int8_linear(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias, TensorView y,
+                 int64_t group) {
   llmopt::linear_op(x, packed, bias, y, group, 8, false);
 }
 
@@ -29,7 +30,8 @@ void quant_rows(TensorView ids, TensorView packed, TensorView y, int64_t rows, i
   }
   const LinearKernels& kernels = linear_kernels(active_isa());
   auto* out = static_cast<float*>(y.data_ptr());
-#pragma omp parallel for schedule(static) num_threads(threads_for(tokens * cols, 16384))
+  const int threads = threads_for(tokens * cols, 16384);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t t = 0; t < tokens; ++t) kernels.dequantize_row(w, index[t], out + t * cols);
 }
 

@@ -6,8 +6,9 @@ ints), or any iterable of strings, token-id rows, or mappings with ``input_ids``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmopt.errors import CalibrationError
 # default size: more changes little on small models, and costs time on all
 NUM_ROWS = 128
 ROW_TOKENS = 256
+_STREAM_FACTOR = 8  # of an iterator: times the tokens needed
 _SHARE_FOR_QUALITY = 0.2  # of the packaged text, never calibrated on
 
 
@@ -43,15 +45,17 @@ def rows(
 ) -> list[torch.Tensor]:
     """Token rows ``[T]`` int64, all of one length, at most ``num_rows``.
 
-    Text is concatenated and cut; where there is more than needed, rows are taken evenly over it, so that every part of
-    the text speaks. Given rows keep their own boundaries and are cut to the shortest useful length.
+    Everything is concatenated and cut. Where there is more than needed, rows are taken evenly over it, so that every part
+    speaks; of an iterator, which may be endless, only the beginning is read.
 
     Raises:
         CalibrationError: nothing to calibrate on, ids outside the vocabulary, text without a tokenizer.
     """
     if row_tokens < 2:
         raise CalibrationError(f"row_tokens: expected at least 2, got {row_tokens}")
-    ids = _token_stream(source, model)
+    if source is None:
+        source = packaged_text("calibration")
+    ids = _Reader(model, _STREAM_FACTOR * num_rows * row_tokens).read(source)
     vocab = int(model.config.get_text_config().vocab_size)
     total = sum(len(r) for r in ids)
     if total < 2:
@@ -69,40 +73,68 @@ def rows(
     return [stream[s : s + length] for s in starts.tolist()]
 
 
-def _token_stream(source: Any, model: Any) -> list[torch.Tensor]:
-    if source is None:
-        source = packaged_text("calibration")
-    if isinstance(source, str):
-        return [_encode([source], model)]
-    if isinstance(source, torch.Tensor):
-        return _tensor_rows(source)
-    if isinstance(source, Mapping):
-        return _item(source, model)
-    if not isinstance(source, Iterable):
-        raise CalibrationError(
-            "calibration: expected text, token ids, or an iterable of them, got " + type(source).__name__
-        )
-    items = list(source)
-    if items and all(isinstance(i, int) for i in items):
-        return _tensor_rows(torch.tensor(items))
-    return [row for item in items for row in _item(item, model)]
+class _Reader:
+    """Makes token rows of whatever the caller gave. The tokenizer is read once, and only if text turns up."""
 
+    def __init__(self, model: Any, most_tokens: int) -> None:
+        self.model, self.most_tokens = model, most_tokens
+        self._tokenizer: Any = None
 
-def _item(item: Any, model: Any) -> list[torch.Tensor]:
-    if isinstance(item, str):
-        return [_encode([item], model)]
-    if isinstance(item, Mapping):
-        if "input_ids" in item:
-            return _item(item["input_ids"], model)
-        if "text" in item:
-            return _item(item["text"], model)
-        raise CalibrationError(f"calibration: expected mappings with 'input_ids' or 'text', got keys {sorted(item)}")
-    if isinstance(item, torch.Tensor):
-        return _tensor_rows(item)
-    try:
-        return _tensor_rows(torch.as_tensor(item))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationError(f"calibration: cannot read an item of type {type(item).__name__}: {error}") from None
+    def read(self, source: Any) -> list[torch.Tensor]:
+        if isinstance(source, str | torch.Tensor | Mapping) or hasattr(source, "__array__"):
+            return self._item(source)
+        if isinstance(source, bytes | bytearray) or not isinstance(source, Iterable):
+            raise CalibrationError(
+                f"calibration: expected text, token ids, or an iterable of them, got {type(source).__name__}"
+            )
+        if not isinstance(source, Sized):
+            return self._stream(source)
+        items = list(source)
+        if items and all(isinstance(i, Integral) for i in items):
+            return self._item(items)
+        return [row for item in items for row in self._item(item)]
+
+    def _stream(self, source: Iterable[Any]) -> list[torch.Tensor]:
+        # a streamed data set can be endless: several times what is needed is variety enough
+        found: list[torch.Tensor] = []
+        total = 0
+        for item in source:
+            rows_of_item = self._item([item] if isinstance(item, Integral) else item)
+            found += rows_of_item
+            total += sum(len(r) for r in rows_of_item)
+            if total >= self.most_tokens:
+                break
+        return found
+
+    def _item(self, item: Any) -> list[torch.Tensor]:
+        if isinstance(item, str):
+            return [self._encode(item)] if item.strip() else []
+        if isinstance(item, Mapping):
+            for key in ("input_ids", "text"):
+                if key in item:
+                    return self.read(item[key])
+            raise CalibrationError(
+                f"calibration: expected mappings with 'input_ids' or 'text', got keys {sorted(map(str, item))}"
+            )
+        try:
+            ids = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CalibrationError(f"calibration: cannot read an item of type {type(item).__name__}: {error}") from None
+        return _tensor_rows(ids) if ids.numel() else []
+
+    def _encode(self, text: str) -> torch.Tensor:
+        if self._tokenizer is None:
+            self._tokenizer = find_tokenizer(self.model)
+        if self._tokenizer is None:
+            raise CalibrationError(
+                "calibration: text needs the model's tokenizer, and there is no tokenizer.json in "
+                f"'{getattr(self.model.config, '_name_or_path', '')}'; load the model from its local directory, "
+                "or pass token ids"
+            )
+        # verbose=False: the text is cut into rows, so its length is no concern
+        encoded = self._tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+        ids: torch.Tensor = encoded["input_ids"][0]
+        return ids.to(torch.int64)
 
 
 def _tensor_rows(ids: torch.Tensor) -> list[torch.Tensor]:
@@ -111,22 +143,3 @@ def _tensor_rows(ids: torch.Tensor) -> list[torch.Tensor]:
     if ids.dim() not in (1, 2):
         raise CalibrationError(f"calibration: expected token ids of shape [T] or [N, T], got {list(ids.shape)}")
     return [r.to(torch.int64).cpu() for r in (ids if ids.dim() == 2 else ids[None]) if r.numel()]
-
-
-def _encode(texts: list[str], model: Any) -> torch.Tensor:
-    tokenizer = find_tokenizer(model)
-    if tokenizer is None:
-        raise CalibrationError(
-            "calibration: text needs the model's tokenizer, and there is no tokenizer.json in "
-            f"'{getattr(model.config, '_name_or_path', '')}'; load the model from its local directory, "
-            "or pass token ids"
-        )
-    # verbose: the text is cut into rows afterwards, so its length is no reason to warn
-    encoded = [
-        tokenizer(t, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
-        for t in texts
-        if t.strip()
-    ]
-    if not encoded:
-        raise CalibrationError("calibration: the text is empty")
-    return torch.cat(encoded)

@@ -41,7 +41,7 @@ def uses_kernels(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and _have_kernels()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call,untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _have_kernels() -> bool:
     # torch.compile cannot look into the file system, and need not: the answer is the same for the whole process
     return native.available()

@@ -38,7 +38,9 @@ def check_weight(w: torch.Tensor, grid: Grid, name: str) -> None:
         raise QuantizationError(f"{name}: weight holds NaN or Inf")
     limit = torch.finfo(torch.float16).max * (grid.middle - 1)
     if largest > limit:
-        raise QuantizationError(f"{name}: weight of {largest:.3g} needs a scale beyond float16 (weights up to {limit:.3g})")
+        raise QuantizationError(
+            f"{name}: weight of {largest:.3g} needs a scale beyond float16 (weights up to {limit:.3g})"
+        )
 
 
 def round_to_nearest(

@@ -1,171 +1,189 @@
-"""The attention function and mask function that stand behind the names given to transformers' interfaces.
-
-Masks stay compact: None for plain causal, ``[B, Tk]`` for causal with padding, a dense bool ``[B, 1, Tq, Tk]`` for
-everything else (static caches, packed sequences, sliding windows, custom 4-D masks).
-"""
+"""The attention function behind the name given to transformers' ``AttentionInterface``, and what it may run."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmopt import native
+from llmopt.errors import InputError
 from llmopt.ops.attention import attention
+from llmopt.passes.swap_flash_attention.masks import Remembered, Seen, as_bool, compact_mask
 
 _LOG = logging.getLogger("llmopt")
 
-# what a candidate runs: (module, query, key, value, compact mask, scaling) -> [B, Tq, H, V]
-Candidate = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+# "flash" in a name would make transformers prepare inputs for the flash-attn package
+INTERFACE_NAME = "llmopt_attention"
 
-# reasons for which a call went through eager attention, process-wide; each is logged once
-fallbacks: Counter[str] = Counter()
+# queries up to which a call counts as decoding: speculation and short continuations are bound by memory as well
+DECODE_QUERIES = 8
 
-
-def compact_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """Mask for our attention function, in the form of ``AttentionMaskInterface``."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    function = mask_function or causal_mask_function
-    plain = function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
-    if plain and kv_length == q_offset + q_length:
-        if attention_mask is None or bool(attention_mask[:, :kv_length].all()):
-            return None
-        if attention_mask.shape[1] == kv_length:
-            return attention_mask
-    kwargs["allow_is_causal_skip"] = False
-    mask: torch.Tensor | None = sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=function, attention_mask=attention_mask, **kwargs,
-    )  # fmt: skip
-    return mask
+# what a candidate runs: (module, query, key, value, seen, scaling) -> [B, Tq, H, V]
+Candidate = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, Seen, float], torch.Tensor]
 
 
-def dense_mask(mask: torch.Tensor | None, q_length: int, kv_length: int) -> torch.Tensor:
-    """A compact mask spelt out: bool ``[B or 1, 1, Tq, Tk]``, True where a query may see a key."""
-    if mask is not None and mask.dim() == 4:
-        return mask
-    rows = torch.arange(kv_length - q_length, kv_length)[:, None]
-    causal = (torch.arange(kv_length)[None] <= rows)[None, None]
-    return causal if mask is None else causal & mask[:, None, None].bool()
+@dataclass(slots=True)
+class Plan:
+    """What one model runs; each of its attention modules holds it as ``llmopt_attention`` while the pass is on."""
+
+    prefill: str = "llmopt"
+    decode: str = "llmopt"
+    fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls that went through eager attention
+    bool_masks: Remembered = field(default_factory=Remembered)
 
 
 def run_llmopt(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scaling: float
 ) -> torch.Tensor:
     """Our CPU kernel."""
-    if mask is not None and mask.dim() == 4:
-        return attention(q, k, v, scale=scaling, causal=False, mask=mask)
-    return attention(q, k, v, scale=scaling, key_mask=mask)
+    return attention(q, k, v, scale=scaling, **mask_options(seen))
+
+
+def mask_options(seen: Seen) -> dict[str, Any]:
+    """``seen`` as options of the op."""
+    if seen.is_dense:
+        return {"mask": seen.mask, "causal": False}
+    return {"key_mask": seen.mask, "causal": seen.causal, "window": seen.window}
 
 
 def run_sdpa(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scaling: float
 ) -> torch.Tensor:
     """torch's scaled_dot_product_attention, called as transformers calls it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    plain = mask is None and (q.shape[2] == 1 or q.shape[2] == k.shape[2])
-    dense = None if plain else dense_mask(mask, q.shape[2], k.shape[2]).to(q.device)
-    out: torch.Tensor = sdpa_attention_forward(module, q, k, v, dense, scaling=scaling)[0]
+    queries, keys = q.shape[2], k.shape[2]
+    unmasked = seen.mask is None and (seen.window is None or seen.window >= keys)
+    if unmasked and (queries in (1, keys) or not seen.causal):
+        mask = None
+    elif queries == 1 and not seen.is_dense and (seen.window is None or seen.window >= keys):
+        mask = seen.mask[:, None, None] if seen.mask is not None else None
+    elif q.device.type == "cpu" and native.available() and q.dtype in KERNEL_DTYPES:
+        # a dense mask would have to be made, and SDPA would copy keys and values for every query head
+        return run_llmopt(module, q, k, v, seen, scaling)
+    else:
+        mask = seen.dense(queries, keys, q.device)
+    out: torch.Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=seen.causal)[0]
     return out
 
 
 def run_flash_attn(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scaling: float
 ) -> torch.Tensor:
     """The flash-attn package, through transformers' own integration; dense masks, which it cannot take, go to SDPA."""
-    if mask is not None and mask.dim() == 4:
-        return run_sdpa(module, q, k, v, mask, scaling)
+    if seen.is_dense:
+        return run_sdpa(module, q, k, v, seen, scaling)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    out: torch.Tensor = ALL_ATTENTION_FUNCTIONS["flash_attention_2"](module, q, k, v, mask, scaling=scaling)[0]
+    out: torch.Tensor = ALL_ATTENTION_FUNCTIONS["flash_attention_2"](
+        module, q, k, v, seen.mask, scaling=scaling, sliding_window=seen.window, is_causal=seen.causal
+    )[0]
     return out
 
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CANDIDATES: dict[str, Candidate] = {"llmopt": run_llmopt, "sdpa": run_sdpa, "flash_attn": run_flash_attn}
 
 
-def run_eager(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float,
-    dropout: float, kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """The model's own eager attention, for what the kernels do not cover (attention weights, dropout, soft caps)."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
-    if mask is None or mask.dtype == torch.bool or mask.dim() == 2:
-        seen = dense_mask(mask, q.shape[2], k.shape[2])
-        mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
-    result: tuple[torch.Tensor, torch.Tensor | None] = eager(
-        module, q, k, v, mask, scaling=scaling, dropout=dropout, **kwargs
-    )
-    return result
+def attention_function(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one module, for transformers' ``AttentionInterface``.
+
+    Attention weights, dropout, soft caps, biases and gradients are not the kernels' business: such calls go through the
+    model's own eager attention, are counted in the plan, and logged once a reason.
+
+    Args:
+        query: ``[B, H, Tq, K]``.
+        key, value: ``[B, Hk, Tk, K]`` and ``[B, Hk, Tk, V]``; of a module in latent form, latents and rope keys.
+        attention_mask: from :func:`compact_mask`, or a 4-D mask of the caller's.
+
+    Returns:
+        ``([B, Tq, H, V], None)``, or with the attention weights where they were asked for.
+
+    Raises:
+        InputError: a paged cache (continuous batching).
+    """
+    plan: Plan = getattr(module, "llmopt_attention", _DEFAULT)
+    latent: Any = getattr(module, "llmopt_latent", None)
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    seen = Seen(attention_mask, sliding_window, is_causal is not False)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        seen = seen._replace(mask=plan.bool_masks.get(attention_mask, as_bool))
+    reason = _uncovered(query, key, seen, attention_mask, dropout, kwargs)
+    if reason:
+        _count(plan, reason)
+        if latent is not None:
+            key, value = latent.expand(key, value)
+        mask = attention_mask
+        if mask is None or mask.dtype == torch.bool:
+            mask = seen.additive(query, key.shape[2])
+        return _eager_of(module)(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
+    name = plan.decode if query.shape[2] <= DECODE_QUERIES else plan.prefill
+    if latent is not None:
+        return latent.run(query, key, value, seen, scale, name), None
+    return CANDIDATES[name](module, query, key, value, seen, scale), None
 
 
-def uncovered(
-    q: torch.Tensor, mask: torch.Tensor | None, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]
-) -> str:
+_DEFAULT = Plan()
+_ALTERS_SCORES = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+def _uncovered(
+    query: torch.Tensor, key: torch.Tensor, seen: Seen, given: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> str:  # fmt: skip
     """Why a call must go through eager attention, or ''."""
+    if kwargs.get("cache") is not None:
+        raise InputError("attention: expected no paged cache (continuous batching); optimize() serves generate() only")
     if kwargs.get("output_attentions"):
-        return "attention weights were asked for"
+        return "attention weights are asked for"
     if dropout:
-        return "dropout"
-    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        return "soft cap or position bias"
-    if is_causal is False:
-        return "not causal"
-    if mask is not None and mask.dim() == 4 and mask.is_floating_point():
-        return "an additive 4-D mask"
-    if torch.is_grad_enabled() and q.requires_grad:
-        return "gradients are wanted"
+        return "dropout is on"
+    for name in _ALTERS_SCORES:
+        if kwargs.get(name) is not None:
+            return f"{name} is given"
+    if given is not None and seen.mask is None:
+        return "the 4-D mask is a bias, not a mask"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return "gradients are wanted (no torch.no_grad())"
     return ""
 
 
-def attention_function(prefill: str, decode: str) -> Callable[..., Any]:
-    """A function for ``AttentionInterface`` that runs one candidate for many queries and one for a single query."""
-    by_length = {False: CANDIDATES[prefill], True: CANDIDATES[decode]}
-
-    def forward(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-        is_causal: bool | None = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        absorbed = getattr(module, "llmopt_mla", None)
-        if absorbed is not None and absorbed.holds_latent(key):
-            if not (reason := uncovered(query, attention_mask, dropout, is_causal, kwargs)):
-                result: torch.Tensor = absorbed.run(query, key, value, attention_mask, scale, by_length[False])
-                return result, None
-            key, value = absorbed.expand(key, value)
-        elif not (reason := uncovered(query, attention_mask, dropout, is_causal, kwargs)):
-            return by_length[query.shape[2] == 1](module, query, key, value, attention_mask, scale), None
-        if not fallbacks[reason]:
-            _LOG.warning("swap_flash_attention: eager attention runs where %s", reason)
-        fallbacks[reason] += 1
-        return run_eager(module, query, key, value, attention_mask, scale, dropout, kwargs)
-
-    return forward
+def _count(plan: Plan, reason: str) -> None:
+    if reason not in plan.fallbacks:
+        plan.fallbacks[reason] = 0
+        _LOG.warning("swap_flash_attention: eager attention runs where %s", reason)
+    plan.fallbacks[reason] += 1
 
 
-def register(prefill: str, decode: str) -> str:
-    """Register the pair with transformers (additive, once) and return the name to put into a config."""
+def _eager_of(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """The eager function of the file the module's class comes from, which its forward would use."""
+    eager: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return eager
+
+
+def register() -> str:
+    """Make the functions known to transformers (an addition, once a process); returns the name for a config."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-    name = f"llmopt_{prefill}" if prefill == decode else f"llmopt_{prefill}_{decode}"
-    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, attention_function(prefill, decode))
-        AttentionMaskInterface.register(name, compact_mask)
-    return name
+    if INTERFACE_NAME not in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(INTERFACE_NAME, attention_function)
+        AttentionMaskInterface.register(INTERFACE_NAME, compact_mask)
+    return INTERFACE_NAME

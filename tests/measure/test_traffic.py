@@ -1,0 +1,81 @@
+"""Bytes one decode step reads, counted by hand for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmopt.measure import traffic
+from llmopt.models import FAMILIES, resolve_model
+from llmopt.passes import QuantizeGptq
+from llmopt.passes.base import PassContext
+
+FAMILY_NAMES = [f.model_type for f in FAMILIES]
+MOE_NAMES = [f.model_type for f in FAMILIES if f.moe]
+
+
+def size(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def by_hand(model: Any) -> float:
+    """Every tensor once; of the routed experts the share chosen; no input embedding unless it is the head."""
+    top_k, experts = 2, 8  # of all tiny configs
+    head = model.get_output_embeddings()
+    heads = {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
+    total, seen = 0.0, set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.data_ptr() in seen or ("embed_tokens" in name and tensor.data_ptr() not in heads):
+            continue
+        seen.add(tensor.data_ptr())
+        routed = ".experts." in name
+        total += size(tensor) * (top_k / experts if routed else 1)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_weights_read_for_one_token(family: str, dtype: torch.dtype, tiny: Any, token_rows: Any) -> None:
+    model = tiny(family, dtype)
+    resolved = resolve_model(model)
+    before = traffic.weight_bytes_per_token(resolved)
+    assert before == pytest.approx(by_hand(model), rel=0.01)
+    context = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 24)))
+    applied = QuantizeGptq(group_size=64).apply(context)
+    applied.patch.enable()
+    after = traffic.weight_bytes_per_token(resolved)
+    assert after == pytest.approx(by_hand(model), rel=0.01)
+    assert after < before * (0.5 if dtype == torch.float32 else 0.8)
+    applied.patch.disable()
+    assert traffic.weight_bytes_per_token(resolved) == before
+
+
+@pytest.mark.parametrize("family", MOE_NAMES)
+def test_experts_count_by_the_share_chosen(family: str, tiny: Any) -> None:
+    model = tiny(family)
+    resolved = resolve_model(model)
+    stacks = sum(size(x.gate_up) + size(x.down) for layer in resolved.layers if (x := layer.experts) is not None)
+    total = sum(size(p) for p in model.parameters())
+    assert stacks > 0
+    read = traffic.weight_bytes_per_token(resolved)
+    assert read < total - 0.7 * stacks
+    assert read > stacks * 0.25
+
+
+def test_the_cache_grows_with_depth_and_holds_what_the_family_caches(tiny: Any) -> None:
+    for family in FAMILY_NAMES:
+        model = tiny(family)
+        resolved = resolve_model(model)
+        per_token = traffic.kv_bytes(resolved, 1)
+        assert traffic.kv_bytes(resolved, 100) == 100 * per_token
+        with torch.no_grad():
+            cache = model(input_ids=torch.arange(10)[None], use_cache=True).past_key_values
+        held = sum(size(t) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+        assert held == 10 * per_token, family
+
+
+def test_half_precision_halves_the_cache(tiny: Any) -> None:
+    full, half = (resolve_model(tiny("qwen3", d)) for d in (torch.float32, torch.bfloat16))
+    assert traffic.kv_bytes(full, 64) == 2 * traffic.kv_bytes(half, 64)
