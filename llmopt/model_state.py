@@ -25,10 +25,21 @@ class State:
     originals: Originals
     report: Report
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # a copy of the model is a model of its own: what could restore it stays with the one that was optimized
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a pickled state becomes."""
+
 
 def is_optimized(model: Any) -> bool:
     """llmopt has optimized this very object, and not restored it."""
-    return _ATTR in getattr(model, "__dict__", {})
+    return isinstance(getattr(model, "__dict__", {}).get(_ATTR), State)
 
 
 def remember(model: Any, state: State) -> None:

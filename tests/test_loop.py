@@ -107,6 +107,7 @@ def short_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         return plan(prompt_tokens=8, decode_tokens=3, min_rounds=3, max_rounds=3)
 
     monkeypatch.setattr(timing, "Plan", quick)
+    monkeypatch.setattr(receipt, "_ceiling_meter", lambda: None)
 
 
 @torch.no_grad()
@@ -392,9 +393,8 @@ def test_events_tell_the_story(tiny: Any, clock: None, capsys: pytest.CaptureFix
     assert captured.out == captured.err == ""
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_a_callback_that_raises_at_any_event_leaves_the_model_as_given(
-    error: type[BaseException], tiny: Any, clock: None, unchanged: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, clock: None, unchanged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # one round of everything: as many kinds of events, fewer of each
     plan = timing.Plan
@@ -406,8 +406,9 @@ def test_a_callback_that_raises_at_any_event_leaves_the_model_as_given(
     llmopt.restore(model)
     for at in range(total):
         count = iter(range(total))
+        error: type[BaseException] = (ValueError, KeyboardInterrupt)[at % 2]
 
-        def raising(event: Event, count: Any = count, at: int = at) -> None:
+        def raising(event: Event, count: Any = count, at: int = at, error: type[BaseException] = error) -> None:
             if next(count) == at:
                 raise error("from the callback")
 
@@ -612,7 +613,7 @@ def test_compare_puts_receipts_side_by_side(tiny: Any, token_rows: Any) -> None:
 
 
 def test_two_models_at_once_share_nothing(tiny: Any, unchanged: Any, token_rows: Any) -> None:
-    models = {name: tiny(name) for name in ("qwen3", "ernie4_5", "deepseek_v2", "llama")}
+    models = {name: tiny(name) for name in ("qwen3", "ernie4_5", "deepseek_v2")}
     ids = token_rows(2, 16)
     checks = {name: unchanged(model) for name, model in models.items()}
     alone = {}
@@ -640,7 +641,7 @@ def test_two_models_at_once_share_nothing(tiny: Any, unchanged: Any, token_rows:
         assert torch.equal(logits(model, ids), alone[name]), name
     llmopt.restore(models["qwen3"])
     assert checks["qwen3"]()
-    for name in ("ernie4_5", "deepseek_v2", "llama"):
+    for name in ("ernie4_5", "deepseek_v2"):
         assert torch.equal(logits(models[name], ids), alone[name]), name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import shutil
 import tempfile
 import weakref
@@ -58,8 +59,9 @@ def spilled(folder: Path) -> list[Path]:
     return list(folder.rglob("originals.safetensors"))
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "where"), [(torch.float32, "memory"), (torch.bfloat16, "disk")], ids=["f32-memory", "bf16-disk"]
+)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_model_comes_back_bit_by_bit(
     family: str, dtype: torch.dtype, where: str, tiny: Any, token_rows: Any, same_bits: Any, snapshot: Any,
@@ -279,6 +281,15 @@ def test_a_copy_of_an_optimized_model_runs_on_its_own(tiny: Any, token_rows: Any
     llmopt.restore(model)
     assert torch.equal(logits(twin, ids), optimized)
     assert torch.equal(logits(model, ids), expected)
+    with pytest.raises(InputError, match="not optimized"):
+        llmopt.restore(twin)
+
+
+def test_an_optimized_model_can_be_pickled(tiny: Any, token_rows: Any) -> None:
+    model, ids = tiny("ernie4_5_moe"), token_rows(2, 20)
+    llmopt.optimize(model, PASSES, measure=False)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin, ids), logits(model, ids))
     with pytest.raises(InputError, match="not optimized"):
         llmopt.restore(twin)
 
