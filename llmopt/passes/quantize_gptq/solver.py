@@ -1,14 +1,12 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323), batched over experts. Maths only: tensors in, codes out.
 
 Columns are rounded one after the other; the error of each is spread over those not yet rounded, along the inverse Hessian
-of the layer's inputs. Three departures from the paper's program:
+of the layer's inputs. Two departures from the paper's program:
 - Columns are visited by importance (diagonal of the Hessian), groups by their mean importance and columns inside their
   group, while every column stays in its own contiguous group: most of what ``desc_act`` gains, and no permutation at run
   time.
 - A group's scale minimises the error weighted by 1 / U_ii**2, the loss GPTQ itself charges for column i; scales are
   float16 values before any weight is rounded, so that the stored checkpoint is what was optimised.
-- GPTQ decides each column once, and never sees what later columns make of it. A few sweeps of coordinate descent on the
-  codes follow, scales fixed: each column is rounded again to what is best with all others as they are.
 
 Letters: b batch, N rows, K columns, G groups; H Hessian, U upper Cholesky factor of its inverse.
 """
@@ -26,8 +24,6 @@ from llmopt.passes.quantize_gptq.rounding import Grid, check_weight
 
 # columns rounded between two updates of everything that follows; also the paper's
 _BLOCK = 128
-# of coordinate descent after the first rounding; later ones gain next to nothing
-_SWEEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +71,9 @@ def solve(
     h = torch.gather(hessian, 1, order[:, :, None].expand_as(hessian))
     h = torch.gather(h, 2, order[:, None, :].expand_as(h))
     u, used = _inverse_factor(h, damp, name)
-    size = w.shape[2] if group_size == -1 else group_size
-    groups = order // size
-    q, scales, zeros = _round_columns(w.clone(), u, groups, grid=grid, size=size)
-    del u
-    q = _sweep(w, h + torch.diag_embed(_damping(h, used)), q, scales, zeros, groups=groups, grid=grid, size=size)
-    difference = w - _expand(q, scales, zeros, groups)
+    target = w.clone()
+    q, scales, zeros, groups = _round_columns(w, u, grid, order, group_size)
+    difference = target - _expand(q, scales, zeros, groups)
     loss = (difference @ h).mul_(difference).sum((1, 2))
     back = torch.argsort(order, dim=1)
     q = torch.gather(q, 2, back[:, None, :].expand_as(q)).to(torch.uint8)
@@ -104,20 +97,16 @@ def _visiting_order(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
     return torch.gather(by_column, 1, torch.argsort(rank_of_column, dim=1, stable=True))
 
 
-def _damping(h: torch.Tensor, share: float) -> torch.Tensor:
-    """``[b, K]``, to be added to the diagonal."""
+def _inverse_factor(h: torch.Tensor, damp: float, name: str) -> tuple[torch.Tensor, float]:
     diagonal = torch.diagonal(h, dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     # an input that is always zero says nothing about its column: any positive curvature leaves it to rounding
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    return share * mean + (diagonal == 0) * mean
-
-
-def _inverse_factor(h: torch.Tensor, damp: float, name: str) -> tuple[torch.Tensor, float]:
+    dead = diagonal == 0
     share = damp
     while True:
         damped = h.clone()
-        torch.diagonal(damped, dim1=1, dim2=2).add_(_damping(h, share))
+        torch.diagonal(damped, dim1=1, dim2=2).add_(share * mean + dead * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if not info.any():
             inverse = torch.cholesky_inverse(lower)
@@ -130,25 +119,22 @@ def _inverse_factor(h: torch.Tensor, damp: float, name: str) -> tuple[torch.Tens
 
 
 def _round_columns(
-    w: torch.Tensor, u: torch.Tensor, groups: torch.Tensor, *, grid: Grid, size: int,
-    fixed: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Round in visiting order, spreading errors along ``u``. Consumes ``w``.
-
-    ``groups [b, K]`` of each column; ``fixed`` scales and zeros, else each group's are found when its first column is
-    reached. Returns codes ``[b, N, K]``, scales and zeros ``[b, N, G]``.
-    """
+    w: torch.Tensor, u: torch.Tensor, grid: Grid, order: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round in visiting order. Returns codes ``[b, N, K]``, scales and zeros ``[b, N, G]``, group of each column ``[b, K]``."""
     batch, n, k = w.shape
-    q = torch.empty_like(w)
+    size = k if group_size == -1 else group_size
+    groups = order // size
     num_groups = -(-k // size)
-    scales, zeros = fixed or (torch.empty(batch, n, num_groups), torch.empty(batch, n, num_groups))
     importance = torch.diagonal(u, dim1=1, dim2=2).pow(-2)
-    for start, end in _spans(groups):
+    q = torch.empty_like(w)
+    scales, zeros = torch.empty(batch, n, num_groups), torch.empty(batch, n, num_groups)
+    for start, end in _spans(groups, size, k):
         # experts of a batch visit their groups in different orders, and a short last group comes at different places:
         # spans are cut so that within one all members stay inside one group each
         group = groups[:, start]
         fresh = groups[:, start - 1] != group if start else torch.ones(batch, dtype=torch.bool)
-        if fixed is None and fresh.any():
+        if fresh.any():
             last = min(start + size, k)
             inside = groups[:, start:last] == group[:, None]
             found = search_scales(
@@ -163,33 +149,13 @@ def _round_columns(
             w[:, :, start:end], u[:, start:end, start:end], scale, zero, bits=grid.bits
         )
         w[:, :, end:] -= errors @ u[:, start:end, end:]
-    return q, scales, zeros
+    return q, scales, zeros, groups
 
 
-def _sweep(
-    w: torch.Tensor, h: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *,
-    groups: torch.Tensor, grid: Grid, size: int,
-) -> torch.Tensor:  # fmt: skip
-    """Coordinate descent on the codes. Returns codes whose loss under ``h`` is no larger.
-
-    With D = w - dq, column i is best at ``dq_i + (D H)_i / H_ii``, rounded, where D knows the columns already changed in
-    this sweep. That is Gauss-Seidel, and with T = triu(H) the same recursion as GPTQ's own: errors spread along
-    ``diag(H) T^-1``, a unit upper triangle, from the start values ``w + D tril(H, -1) T^-1``.
-    """
-    diagonal = torch.diagonal(h, dim1=1, dim2=2)
-    identity = torch.eye(h.shape[1]).expand_as(h)
-    u = torch.linalg.solve_triangular(torch.triu(h), identity, upper=True).mul_(diagonal[:, :, None])
-    below = torch.tril(h, -1).div_(diagonal[:, None, :])
-    for _ in range(_SWEEPS):
-        start = w + (w - _expand(q, scales, zeros, groups)) @ below @ u
-        q, _, _ = _round_columns(start, u, groups, grid=grid, size=size, fixed=(scales, zeros))
-    return q
-
-
-def _spans(groups: torch.Tensor) -> list[tuple[int, int]]:
-    """Cut 0..K wherever any member of the batch enters another group, and at least every _BLOCK columns."""
+def _spans(groups: torch.Tensor, size: int, k: int) -> list[tuple[int, int]]:
+    """Cut 0..k wherever any member of the batch enters another group, and at least every _BLOCK columns."""
     changes = (groups[:, 1:] != groups[:, :-1]).any(0).nonzero().flatten() + 1
-    cuts = [0, *changes.tolist(), groups.shape[1]]
+    cuts = [0, *changes.tolist(), k]
     spans = []
     for a, b in itertools.pairwise(cuts):
         spans += [(s, min(s + _BLOCK, b)) for s in range(a, b, _BLOCK)]
