@@ -195,7 +195,7 @@ class Attention {
 
   // scores of R rows and keys [j, j + 16) of the tile, 16 sums at a time: C keys together, as often as gives 16
   template <int R, int C>
-  void score_rows(int64_t r, int64_t key, int64_t j, int64_t n) {
+  [[gnu::noinline]] void score_rows(int64_t r, int64_t key, int64_t j, int64_t n) {
     constexpr int kGroups = 16 / (R * C);
     const float* q = query_ + r * layout_.query_stride;
     for (int64_t end = j + 16; j < end; j += C * kGroups) {
@@ -239,7 +239,7 @@ class Attention {
 
   // turns the scores of rows [begin, end) into weights; updates maximum, sum and what to keep of acc. `begin` is a
   // multiple of 16, and what is done for sixteen rows at once may run over `end`, up to the padding.
-  void soften(int64_t begin, int64_t end, int64_t key, int64_t n) {
+  [[gnu::noinline]] void soften(int64_t begin, int64_t end, int64_t key, int64_t n) {
     for (int64_t r = begin; r < end; ++r) tile_[r] = mask_row(r, key, n);
     for (int64_t r = begin; r < end; r += 16) {
       const F32x16 before = load(max_ + r), now = max(load(tile_ + r), before);

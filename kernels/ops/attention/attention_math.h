@@ -66,7 +66,7 @@ inline void restore_order(const float* in, int64_t dim, float* out) {
 // c[R, 16 V] = keep[r] * c[r] + a[R, k] @ b[k, 16 V]; keep == nullptr starts from zero. `lanes` < 16 only with V == 1.
 // kStream: b comes from memory, and the rows after it are wanted next.
 template <int R, int V, int kDType, bool kStream>
-inline void product_block(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
+[[gnu::noinline]] void product_block(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
                           const float* keep, int lanes) {
   F32x16 acc[R][V];
 #pragma GCC unroll 8
