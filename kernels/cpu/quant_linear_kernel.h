@@ -87,50 +87,89 @@ inline void store_rows(const Output& y, int64_t token, int64_t row, int64_t rows
   }
 }
 
-// One tile, kM tokens (1 or 2), straight from the stream: the decode path. Four independent sums hide the latency of
+// kS tiles (1 or 2, `apart` tiles from each other), kM tokens (1 or 2), straight from the stream: the decode path. Two
+// streams keep more of the memory busy than one, above all where a matrix begins; independent sums hide the latency of
 // the dot product.
-template <int kBits, int kM>
-void stream_tile(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t, const Output& y) {
-  const Tile tile = tile_at(w, t);
+template <int kBits, int kM, int kS>
+void stream_tiles(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t apart, const Output& y) {
+  Tile tile[kS];
+  const uint8_t* v[kS];
+  F32x16 total[kS][kM];
+#pragma GCC unroll 2
+  for (int s = 0; s < kS; ++s) {
+    tile[s] = tile_at(w, t + s * apart);
+    v[s] = tile[s].vectors;
+#pragma GCC unroll 2
+    for (int m = 0; m < kM; ++m) total[s][m] = zero_f32();
+  }
   const int vectors = w.group * kBits / 32;
-  const uint8_t* v = tile.vectors;
-  F32x16 total[kM];
-  for (int m = 0; m < kM; ++m) total[m] = zero_f32();
   for (int64_t g = 0; g < x.num_groups; ++g) {
-    I32x16 acc[kM][4];
-    const int8_t* q[kM];
-    for (int m = 0; m < kM; ++m) {
-      acc[m][0] = start_value(w, tile, g, x.sums[(token + m) * x.num_groups + g]);
-      acc[m][1] = acc[m][2] = acc[m][3] = zero_i32();
-      q[m] = x.q + (token + m) * x.padded_cols + g * w.group;
-    }
-    for (int j = 0; j < vectors; j += 2, v += 128) {
-      const U8x64 a = load_u8x64(v), b = load_u8x64(v + 64);
-      prefetch(v + kPrefetch);
-      prefetch(v + kPrefetch + 64);
+    I32x16 acc[kS][kM][4 / kS];
+#pragma GCC unroll 2
+    for (int s = 0; s < kS; ++s)
+#pragma GCC unroll 2
       for (int m = 0; m < kM; ++m) {
-        if constexpr (kBits == 4) {
-          acc[m][0] = dot_u4(acc[m][0], low_nibbles(a), load_quad(q[m] + 8 * j));
-          acc[m][1] = dot_u4(acc[m][1], high_nibbles(a), load_quad(q[m] + 8 * j + 4));
-          acc[m][2] = dot_u4(acc[m][2], low_nibbles(b), load_quad(q[m] + 8 * j + 8));
-          acc[m][3] = dot_u4(acc[m][3], high_nibbles(b), load_quad(q[m] + 8 * j + 12));
-        } else {
-          acc[m][0] = dot_u8(acc[m][0], a, load_quad(q[m] + 4 * j));
-          acc[m][1] = dot_u8(acc[m][1], b, load_quad(q[m] + 4 * j + 4));
+        acc[s][m][0] = start_value(w, tile[s], g, x.sums[m * x.num_groups + g]);
+#pragma GCC unroll 4
+        for (int c = 1; c < 4 / kS; ++c) acc[s][m][c] = zero_i32();
+      }
+    const int8_t* q = x.q + g * w.group;
+    for (int j = 0; j < vectors; j += 2) {
+      U8x64 a[kS], b[kS];
+#pragma GCC unroll 2
+      for (int s = 0; s < kS; ++s) {
+        a[s] = load_u8x64(v[s]);
+        b[s] = load_u8x64(v[s] + 64);
+        prefetch(v[s] + kPrefetch);
+        prefetch(v[s] + kPrefetch + 64);
+        v[s] += 128;
+      }
+#pragma GCC unroll 2
+      for (int m = 0; m < kM; ++m) {
+        const int8_t* p = q + m * x.padded_cols;
+#pragma GCC unroll 2
+        for (int s = 0; s < kS; ++s) {
+          I32x16(&sum)[4 / kS] = acc[s][m];
+          constexpr int kLast = 4 / kS - 1;
+          if constexpr (kBits == 4) {
+            sum[0] = dot_u4(sum[0], low_nibbles(a[s]), load_quad(p + 8 * j));
+            sum[1] = dot_u4(sum[1], high_nibbles(a[s]), load_quad(p + 8 * j + 4));
+            sum[kLast - 1] = dot_u4(sum[kLast - 1], low_nibbles(b[s]), load_quad(p + 8 * j + 8));
+            sum[kLast] = dot_u4(sum[kLast], high_nibbles(b[s]), load_quad(p + 8 * j + 12));
+          } else {
+            sum[0] = dot_u8(sum[0], a[s], load_quad(p + 4 * j));
+            sum[1] = dot_u8(sum[1], b[s], load_quad(p + 4 * j + 4));
+          }
         }
       }
     }
-    const F32x16 scale = load_f16(tile.scales + 16 * g);
-    for (int m = 0; m < kM; ++m) {
-      const I32x16 sum = add(add(acc[m][0], acc[m][1]), add(acc[m][2], acc[m][3]));
-      total[m] = fmadd(to_f32(sum), mul(scale, set1(x.scales[(token + m) * x.num_groups + g])), total[m]);
+#pragma GCC unroll 2
+    for (int s = 0; s < kS; ++s) {
+      const F32x16 scale = load_f16(tile[s].scales + 16 * g);
+#pragma GCC unroll 2
+      for (int m = 0; m < kM; ++m) {
+        I32x16 sum = add(acc[s][m][0], acc[s][m][1]);
+        if constexpr (kS == 1) sum = add(sum, add(acc[s][m][2], acc[s][m][3]));
+        total[s][m] = fmadd(to_f32(sum), mul(scale, set1(x.scales[m * x.num_groups + g])), total[s][m]);
+      }
     }
   }
-  for (int m = 0; m < kM; ++m) store_rows(y, token + m, 16 * t, w.rows, total[m]);
+#pragma GCC unroll 2
+  for (int s = 0; s < kS; ++s)
+#pragma GCC unroll 2
+    for (int m = 0; m < kM; ++m) store_rows(y, m, 16 * (t + s * apart), w.rows, total[s][m]);
+}
+
+template <int kBits, int kM>
+void stream(const QuantWeight& w, const QuantTokens& x, int64_t begin, int64_t end, const Output& y) {
+  const int64_t half = (end - begin) / 2;
+  for (int64_t t = begin; t < begin + half; ++t) stream_tiles<kBits, kM, 2>(w, x, t, half, y);
+  if ((end - begin) % 2) stream_tiles<kBits, kM, 1>(w, x, end - 1, 0, y);
 }
 
 // kT tiles times kM tokens held in registers. kPanel: the tiles' quads lie unpacked in `panel` (one after the other,
-// `padded_cols * 16` bytes each); otherwise they are unpacked on the way.
+// `padded_cols * 16` bytes each); otherwise they are unpacked on the way. Every loop over sums is unrolled in full: one
+// variable index, and the compiler keeps all of them in memory.
 template <int kBits, bool kPanel, int kT, int kM>
 void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t, const Output& y,
            const uint8_t* panel) {
@@ -143,11 +182,14 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
   alignas(64) float total[kT][kM][16] = {};
   for (int64_t g = 0; g < x.num_groups; ++g) {
     I32x16 acc[kT][kM];
-    for (int i = 0; i < kT; ++i)
-      for (int m = 0; m < kM; ++m) acc[i][m] = start_value(w, tile[i], g, x.sums[(token + m) * x.num_groups + g]);
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
+      for (int i = 0; i < kT; ++i) acc[i][m] = start_value(w, tile[i], g, x.sums[(token + m) * x.num_groups + g]);
     const int8_t* q = x.q + token * x.padded_cols + g * w.group;
     for (int k = 0; k < w.group; k += kBits == 4 && !kPanel ? 8 : 4) {
       U8x64 low[kT], high[kT];
+#pragma GCC unroll 4
       for (int i = 0; i < kT; ++i) {
         const U8x64 raw = load_u8x64(v[i]);
         v[i] += 64;
@@ -157,6 +199,7 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
         const Quad a = load_quad(q + m * x.padded_cols + k);
+#pragma GCC unroll 4
         for (int i = 0; i < kT; ++i)
           acc[i][m] = kBits == 4 ? dot_u4(acc[i][m], low[i], a) : dot_u8(acc[i][m], low[i], a);
       }
@@ -164,12 +207,15 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
 #pragma GCC unroll 16
         for (int m = 0; m < kM; ++m) {
           const Quad a = load_quad(q + m * x.padded_cols + k + 4);
+#pragma GCC unroll 4
           for (int i = 0; i < kT; ++i) acc[i][m] = dot_u4(acc[i][m], high[i], a);
         }
       }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < kT; ++i) {
       const F32x16 scale = load_f16(tile[i].scales + 16 * g);
+#pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
         const F32x16 s = mul(scale, set1(x.scales[(token + m) * x.num_groups + g]));
         store(total[i][m], fmadd(to_f32(acc[i][m]), s, load(total[i][m])));
@@ -217,14 +263,8 @@ inline void product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, 
                     const Output& y, uint8_t* panel) {
   int64_t t = tile_begin;
   if (tokens <= 2) {
-    for (; t < tile_end; ++t) {
-      if (w.bits == 4) {
-        tokens == 1 ? stream_tile<4, 1>(w, x, 0, t, y) : stream_tile<4, 2>(w, x, 0, t, y);
-      } else {
-        tokens == 1 ? stream_tile<8, 1>(w, x, 0, t, y) : stream_tile<8, 2>(w, x, 0, t, y);
-      }
-    }
-    return;
+    if (w.bits == 4) return tokens == 1 ? stream<4, 1>(w, x, t, tile_end, y) : stream<4, 2>(w, x, t, tile_end, y);
+    return tokens == 1 ? stream<8, 1>(w, x, t, tile_end, y) : stream<8, 2>(w, x, t, tile_end, y);
   }
   for (; t + kTiles <= tile_end; t += kTiles) tiles_product<kTiles>(w, x, tokens, t, y, panel);
   for (; t < tile_end; ++t) tiles_product<1>(w, x, tokens, t, y, panel);

@@ -8,8 +8,8 @@
 
 namespace llmopt {
 
-// Tokens up to which one thread quantizes the activations before the others are woken: it costs less than a barrier.
-constexpr int64_t kSerialQuantize = 8;
+// Tokens up to which every thread quantizes all activations for itself: it costs less than a barrier.
+constexpr int64_t kOwnQuantize = 8;
 // Bytes of weights below which a second thread is not worth waking.
 constexpr int64_t kBytesPerThread = 16 * 1024;
 
@@ -40,31 +40,35 @@ inline void run_linear(const QuantWeight& w, const void* x, int dtype, int64_t s
   static thread_local Scratch panel_scratch;
   if (tokens == 0) return;
   const LinearKernels& kernels = linear_kernels(active_isa());
-  const QuantTokens q = token_buffers(token_scratch, w, tokens);
   const int threads = threads_for(w.num_tiles() * w.tile_bytes() * ((tokens + 3) / 4), kBytesPerThread);
-  if (tokens <= kSerialQuantize || threads == 1) kernels.quantize(x, dtype, stride, w.cols, w.group, 0, tokens, q);
-#pragma omp parallel num_threads(threads)
+  const bool shared = tokens > kOwnQuantize && threads > 1;
+  QuantTokens q = token_buffers(token_scratch, w, shared ? tokens : 0);
+#pragma omp parallel num_threads(threads) firstprivate(q)
   {
     const int t = omp_get_thread_num(), total = omp_get_num_threads();
-    if (tokens > kSerialQuantize && threads > 1) {
-      const Share mine = share_of(tokens, t, total);
-      kernels.quantize(x, dtype, stride, w.cols, w.group, mine.begin, mine.end, q);
-#pragma omp barrier
-    }
     const Share mine = share_of(w.num_tiles(), t, total);
+    if (shared) {
+      const Share rows = share_of(tokens, t, total);
+      kernels.quantize(x, dtype, stride, w.cols, w.group, rows.begin, rows.end, q);
+#pragma omp barrier
+    } else {
+      q = token_buffers(token_scratch, w, tokens);
+      kernels.quantize(x, dtype, stride, w.cols, w.group, 0, tokens, q);
+    }
     kernels.product(w, q, tokens, mine.begin, mine.end, y, panel_scratch.get(kernels.panel_bytes(w)));
   }
 }
 
-// y[T, rows] = x[T, cols] @ weight.T + bias
+// y[..., rows] = x[..., cols] @ weight.T + bias
 inline void linear_op(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias, TensorView y,
                       int64_t group, int bits, bool asymmetric) {
+  if (x.ndim() < 1 || y.ndim() < 1) TVM_FFI_THROW(ValueError) << "x: expected shape [..., in_features]";
   const int64_t rows = y.size(y.ndim() - 1), cols = x.size(x.ndim() - 1);
   const QuantWeight w = quant_weight("packed", packed, rows, cols, group, bits, asymmetric);
-  check_cpu("x", x);
-  check_shape("x", x, {-1, cols});
+  const Rows in = rows_of("x", x), to = rows_of("y", y);
   check_shape("packed", packed, {w.num_tiles(), w.tile_bytes()});
-  check_shape("y", y, {x.size(0), rows});
+  if (in.count != to.count)
+    TVM_FFI_THROW(ValueError) << "y: expected as many rows as x, " << in.count << ", got " << to.count;
   const DType dtype = float_dtype("x", x);
   check_same_dtype("y", y, "x", dtype);
   if (bias.has_value()) {
@@ -72,8 +76,8 @@ inline void linear_op(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::f
     check_shape("bias", *bias, {rows});
     check_same_dtype("bias", *bias, "x", dtype);
   }
-  const Output out{y.data_ptr(), y.stride(0), static_cast<int>(dtype), bias.has_value() ? (*bias).data_ptr() : nullptr};
-  run_linear(w, x.data_ptr(), static_cast<int>(dtype), x.stride(0), x.size(0), out);
+  const Output out{y.data_ptr(), to.stride, static_cast<int>(dtype), bias.has_value() ? (*bias).data_ptr() : nullptr};
+  run_linear(w, x.data_ptr(), static_cast<int>(dtype), in.stride, in.count, out);
 }
 
 }  // namespace llmopt

@@ -49,6 +49,22 @@ inline void check_contiguous(const char* name, const TensorView& t) {
   if (!t.IsContiguous()) TVM_FFI_THROW(ValueError) << name << ": expected a contiguous tensor";
 }
 
+// A CPU tensor [..., n] as rows of n: two dimensions may have gaps between the rows, more (or one) have to be dense.
+struct Rows {
+  int64_t count, stride;
+};
+inline Rows rows_of(const char* name, const TensorView& t) {
+  check_cpu(name, t);
+  if (t.ndim() == 2) {
+    check_shape(name, t, {-1, -1});
+    return {t.size(0), t.stride(0)};
+  }
+  check_contiguous(name, t);
+  int64_t count = 1;
+  for (int i = 0; i + 1 < t.ndim(); ++i) count *= t.size(i);
+  return {count, t.size(t.ndim() - 1)};
+}
+
 inline void check_bytes(const char* name, const TensorView& t) {
   if (t.dtype().code != kDLUInt || t.dtype().bits != 8) TVM_FFI_THROW(ValueError) << name << ": expected dtype uint8";
 }

@@ -11,7 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
-from llmopt.ops.int4_linear.layout import as_rows, packed_shape
+from llmopt.ops.int4_linear.layout import dense_rows, packed_shape
 
 __all__ = ["int4_linear"]
 
@@ -57,13 +57,13 @@ def _cpu(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int,
     asymmetric: bool,
 ) -> torch.Tensor:  # fmt: skip
-    flat = as_rows(x, out_features)
-    y = torch.empty(flat.shape[0], out_features, dtype=x.dtype)
+    x = dense_rows(x, out_features)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     try:
-        native.library().int4_linear(flat, packed, bias, y, group_size, asymmetric)
+        native.library().int4_linear(x, packed, bias, y, group_size, asymmetric)
     except ValueError as error:
         raise InputError(f"int4_linear: {error}") from None
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+    return y
 
 
 def _fake(

@@ -39,18 +39,18 @@ def packed_shape(
     return tiles, tile_bytes(in_features, group_size, bits=bits, asymmetric=asymmetric)
 
 
-def as_rows(x: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Activations ``[..., K]`` as the ``[T, K]`` with a dense last dimension that the kernels read.
+def dense_rows(x: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Activations ``[..., K]`` as the kernels read them: in two dimensions rows may lie apart, in others all is dense.
 
     Raises:
         InputError: x has no dimension, or ``out_features`` is not positive.
     """
-    if x.dim() == 0:
+    dims = x.dim()
+    if dims == 0:
         raise InputError.argument("x", expected="shape [..., in_features]", got=())
     if out_features < 1:
         raise InputError.argument("out_features", expected="at least 1", got=out_features)
-    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    return x if x.is_contiguous() or (dims == 2 and x.stride(1) == 1) else x.contiguous()
 
 
 def check_indices(name: str, index: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
-from llmopt.ops.int4_linear.layout import as_rows, check_indices, packed_shape
+from llmopt.ops.int4_linear.layout import dense_rows, check_indices, packed_shape
 
 __all__ = ["int8_linear", "quant_rows"]
 
@@ -45,13 +45,13 @@ def int8_linear(
 def _cpu(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int
 ) -> torch.Tensor:
-    flat = as_rows(x, out_features)
-    y = torch.empty(flat.shape[0], out_features, dtype=x.dtype)
+    x = dense_rows(x, out_features)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     try:
-        native.library().int8_linear(flat, packed, bias, y, group_size)
+        native.library().int8_linear(x, packed, bias, y, group_size)
     except ValueError as error:
         raise InputError(f"int8_linear: {error}") from None
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+    return y
 
 
 def _fake(
