@@ -5,14 +5,11 @@
 //   ceiling_compute(kind, ms) -> 10^12 op/s       "int8" | "bf16" | "fp32"; 0 where there is no such instruction
 #include "ceilings.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <chrono>
 #include <cstring>
 #include <string>
 
+#include "huge_pages.h"
 #include "isa.h"
 #include "tensor_check.h"
 #include "threads.h"
@@ -55,10 +52,8 @@ Pages pages_of(const TensorView& buffer) {
 
 void touch(const TensorView& buffer) {
   const Pages pages = pages_of(buffer);
-#if defined(__linux__)
-  // without huge pages the page walks, not the memory, would be measured; a refusal is harmless
-  madvise(pages.data, static_cast<size_t>(pages.count * kPage), MADV_HUGEPAGE);
-#endif
+  // without huge pages the page walks, not the memory, would be measured
+  advise_huge_pages(pages.data, static_cast<size_t>(pages.count * kPage));
 #pragma omp parallel
   {
     const Share share = share_of(pages.count, omp_get_thread_num(), omp_get_num_threads());

@@ -1,6 +1,10 @@
 // Checks and threads of the quantized linear, shared by the ops that use it.
 #pragma once
 
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <vector>
+
 #include "quant_linear.h"
 #include "scratch.h"
 #include "tensor_check.h"
@@ -57,6 +61,18 @@ inline void run_linear(const QuantWeight& w, const void* x, int dtype, int64_t s
     }
     kernels.product(w, q, tokens, mine.begin, mine.end, y, panel_scratch.get(kernels.panel_bytes(w)));
   }
+}
+
+// Memory for `rows` values in place of x's last dimension, from the caller's own allocator (torch's, when torch calls).
+inline tvm::ffi::Tensor new_rows(const TensorView& x, int64_t rows) {
+  if (x.ndim() < 1) TVM_FFI_THROW(ValueError) << "x: expected shape [..., in_features], got []";
+  if (rows < 1) TVM_FFI_THROW(ValueError) << "out_features: expected at least 1, got " << rows;
+  check_cpu("x", x);
+  float_dtype("x", x);
+  std::vector<int64_t> shape(x.shape().begin(), x.shape().end());
+  shape.back() = rows;
+  return tvm::ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tvm::ffi::ShapeView(shape.data(), shape.size()),
+                                        x.dtype(), x.device());
 }
 
 // y[..., rows] = x[..., cols] @ weight.T + bias

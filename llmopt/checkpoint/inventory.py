@@ -36,6 +36,11 @@ class Inventory:
     def info(self, name: str) -> TensorInfo:
         return self.owner[name].tensors[name]
 
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        shards = {shard.path: shard for shard in self.owner.values()}
+        return sum(info.stop - info.start for shard in shards.values() for info in shard.tensors.values())
+
     def use(self, name: str) -> None:
         self._used.add(name)
 

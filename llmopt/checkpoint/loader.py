@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmopt.arena import WeightArena
 from llmopt.checkpoint import install
 from llmopt.checkpoint.gptq_source import GptqSource, LinearFormat
 from llmopt.checkpoint.inventory import Inventory
@@ -61,6 +62,7 @@ class Loader:
         self._todo = dict.fromkeys(self._state)  # names still to be found in the files
         self._packed: dict[tuple[str, str, int, str], torch.Tensor] = {}  # requantized bytes that several modules share
         self._tie_head = False
+        self._arena = WeightArena(self.inventory.num_bytes())
 
     def plan(self) -> list[Job]:
         """Check everything that the headers tell; what is left is to run the jobs.
@@ -103,7 +105,10 @@ class Loader:
         return [*own, *_COMPUTED, *(rf"^{layers}\.{i}\." for i in extra)]
 
     def _put(self, name: str, value: nn.Module | torch.Tensor) -> None:
-        install.put(self.model, name, value.to(self.device))
+        value = value.to(self.device)
+        if isinstance(value, nn.Module):
+            self._arena.adopt(value)
+        install.put(self.model, name, value)
 
     def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         if self.dtype is None:
@@ -247,7 +252,7 @@ class Loader:
         key = (record.tensor, record.scales, record.bits, record.sha256)
         if key not in self._packed:
             packed = install.requantized_bytes(self.inventory.shard(found), found, grid, record)
-            self._packed[key] = packed.to(self.device)
+            self._packed[key] = self._arena.place(packed.to(self.device))
         packed = self._packed[key]
         if isinstance(module, nn.Linear):
             self._put(name, install.requantized_linear(packed, module, record, grid.perm))

@@ -72,12 +72,18 @@ def _status_field(name: str) -> int | None:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes at rest of a module: every storage behind its parameters and buffers, once, however many share it."""
-    storages = {}
+    """Bytes at rest of a module: every storage behind its parameters and buffers, once, however many share it.
+
+    Of a storage that several tensors share out among them (:mod:`llmopt.arena`), what they take of it.
+    """
+    sizes: dict[int, int] = {}
+    views: dict[int, dict[int, int]] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+        sizes[storage._cdata] = storage.nbytes()
+        taken = views.setdefault(storage._cdata, {})
+        taken[tensor.data_ptr()] = max(taken.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+    return sum(min(size, sum(views[key].values())) if len(views[key]) > 1 else size for key, size in sizes.items())
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -11,7 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
-from llmopt.ops.int4_linear.layout import dense_rows, packed_shape
+from llmopt.ops.int4_linear.layout import packed_shape
 
 __all__ = ["int4_linear"]
 
@@ -57,10 +57,10 @@ def _cpu(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int,
     asymmetric: bool,
 ) -> torch.Tensor:  # fmt: skip
-    x = dense_rows(x, out_features)
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
+        x = x.contiguous()
     try:
-        native.library().int4_linear(x, packed, bias, y, group_size, asymmetric)
+        y: torch.Tensor = native.library().int4_linear(x, packed, bias, out_features, group_size, asymmetric)
     except ValueError as error:
         raise InputError(f"int4_linear: {error}") from None
     return y

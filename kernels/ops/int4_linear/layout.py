@@ -10,8 +10,6 @@ Letters: N out_features, K in_features, G groups, T tiles.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from llmopt.errors import InputError
@@ -37,20 +35,6 @@ def packed_shape(
     """Shape of the uint8 tensor that holds a weight ``[out_features, in_features]``."""
     tiles = -(-out_features // TILE_ROWS)
     return tiles, tile_bytes(in_features, group_size, bits=bits, asymmetric=asymmetric)
-
-
-def dense_rows(x: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Activations ``[..., K]`` as the kernels read them: in two dimensions rows may lie apart, in others all is dense.
-
-    Raises:
-        InputError: x has no dimension, or ``out_features`` is not positive.
-    """
-    dims = x.dim()
-    if dims == 0:
-        raise InputError.argument("x", expected="shape [..., in_features]", got=())
-    if out_features < 1:
-        raise InputError.argument("out_features", expected="at least 1", got=out_features)
-    return x if x.is_contiguous() or (dims == 2 and x.stride(1) == 1) else x.contiguous()
 
 
 def check_indices(name: str, index: torch.Tensor) -> None:

@@ -2,11 +2,23 @@
 
 namespace {
 
-void int4_linear(tvm::ffi::TensorView x, tvm::ffi::TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias,
-                 tvm::ffi::TensorView y, int64_t group, bool asymmetric) {
+using tvm::ffi::Optional;
+using tvm::ffi::Tensor;
+using tvm::ffi::TensorView;
+
+void int4_linear_into(TensorView x, TensorView packed, Optional<TensorView> bias, TensorView y, int64_t group,
+                      bool asymmetric) {
   llmopt::linear_op(x, packed, bias, y, group, 4, asymmetric);
+}
+
+Tensor int4_linear(TensorView x, TensorView packed, Optional<TensorView> bias, int64_t out_features, int64_t group,
+                   bool asymmetric) {
+  Tensor y = llmopt::new_rows(x, out_features);
+  llmopt::linear_op(x, packed, bias, y, group, 4, asymmetric);
+  return y;
 }
 
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(int4_linear, int4_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(int4_linear_into, int4_linear_into);

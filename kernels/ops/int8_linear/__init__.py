@@ -9,7 +9,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
-from llmopt.ops.int4_linear.layout import dense_rows, check_indices, packed_shape
+from llmopt.ops.int4_linear.layout import check_indices, packed_shape
 
 __all__ = ["int8_linear", "quant_rows"]
 
@@ -45,10 +45,10 @@ def int8_linear(
 def _cpu(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, group_size: int
 ) -> torch.Tensor:
-    x = dense_rows(x, out_features)
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
+        x = x.contiguous()
     try:
-        native.library().int8_linear(x, packed, bias, y, group_size)
+        y: torch.Tensor = native.library().int8_linear(x, packed, bias, out_features, group_size)
     except ValueError as error:
         raise InputError(f"int8_linear: {error}") from None
     return y

@@ -2,11 +2,18 @@
 
 namespace {
 
+using tvm::ffi::Optional;
+using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
-void int8_linear(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::ffi::TensorView> bias, TensorView y,
-                 int64_t group) {
+void int8_linear_into(TensorView x, TensorView packed, Optional<TensorView> bias, TensorView y, int64_t group) {
   llmopt::linear_op(x, packed, bias, y, group, 8, false);
+}
+
+Tensor int8_linear(TensorView x, TensorView packed, Optional<TensorView> bias, int64_t out_features, int64_t group) {
+  Tensor y = llmopt::new_rows(x, out_features);
+  llmopt::linear_op(x, packed, bias, y, group, 8, false);
+  return y;
 }
 
 // y[T, cols] = rows `ids` of the weight, dequantized: the embedding lookup on the head's own bytes
@@ -38,4 +45,5 @@ void quant_rows(TensorView ids, TensorView packed, TensorView y, int64_t rows, i
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(int8_linear, int8_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(int8_linear_into, int8_linear_into);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quant_rows, quant_rows);

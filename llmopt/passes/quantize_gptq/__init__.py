@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from llmopt import native
+from llmopt.arena import arena_for
 from llmopt.errors import InputError
 from llmopt.models.base import LinearSite, ResolvedLayer, ResolvedModel
 from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
@@ -96,6 +97,7 @@ class _Quantizer:
         self.options, self.ctx = options, ctx
         self.resolved: ResolvedModel = ctx.resolved
         self.grid = Grid(options.bits, options.sym)
+        self.arena = arena_for(self.resolved)
         self.swaps: list[Swap] = []
         self.coverage = Coverage()
         self.losses: dict[str, float] = {}
@@ -183,6 +185,7 @@ class _Quantizer:
         self, parent: nn.Module, attr: str, module: nn.Module, weights: torch.Tensor, kind: str, extra: int = 0
     ) -> None:
         module.eval()
+        self.arena.adopt(module)
         self.swaps.append(Swap(parent, attr, module))
         before = weights.numel() * weights.element_size() + extra
         after = sum(b.numel() for b in module.buffers() if b.dtype == torch.uint8)

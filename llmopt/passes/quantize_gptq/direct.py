@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmopt.arena import WeightArena, arena_for
 from llmopt.models import resolve_model, shapes
 from llmopt.models.base import ExpertsSite
 from llmopt.ops.int4_linear import layout
@@ -27,14 +28,14 @@ _CODE_STD = {4: 4.61, 8: 73.9}
 class _Codes:
     """Makes packed buffers of random codes."""
 
-    def __init__(self, std: float, seed: int) -> None:
+    def __init__(self, std: float, seed: int, arena: WeightArena) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.std = std
+        self.std, self.arena = std, arena
         self.block = torch.randint(0, 256, (_BLOCK_BYTES,), dtype=torch.uint8, generator=generator)
 
     def packed(self, name: str, n: int, k: int, group: int, *, bits: int, experts: int | None = None) -> torch.Tensor:
         shape = layout.packed_shape(n, k, group, bits=bits, asymmetric=False)
-        buffer = torch.empty((experts, *shape) if experts else shape, dtype=torch.uint8)
+        buffer = self.arena.take((experts, *shape) if experts else shape)
         flat, start, done = buffer.view(-1), zlib.crc32(name.encode()) % _BLOCK_BYTES, 0
         while done < flat.numel():
             count = min(_BLOCK_BYTES - start, flat.numel() - done)
@@ -62,7 +63,7 @@ def build_quantized(shape: str, *, group_size: int = 128, head_bits: int = 8, se
     model: Any = shapes.meta_model(shape)
     resolved, coverage = resolve_model(model), Coverage()
     std = float(model.config.initializer_range)
-    codes = _Codes(std, seed)
+    codes = _Codes(std, seed, arena_for(resolved))
     for layer in resolved.layers:
         for site in layer.linears():
             _linear(site.parent, site.attr, site.module, site.name, codes, coverage, group_size, 4)

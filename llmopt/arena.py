@@ -1,0 +1,81 @@
+"""Memory for packed weights: one block, in the order of execution, in huge pages where the system gives them.
+
+A decode step streams every weight once. On pages of 4 KiB the walks through the page tables cost about a tenth of the
+read bandwidth, and PyTorch's allocator does not ask for larger ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from llmopt import native
+from llmopt.models.base import ResolvedModel
+
+_HUGE_PAGE = 2 << 20
+_ALIGNMENT = 64
+# below this a model's weights may stay in the caches, and rounding up to huge pages shows
+_SMALL_BYTES = 64 << 20
+
+
+class WeightArena:
+    """Hands out uint8 tensors from one block. What does not fit, and small models, get tensors of their own.
+
+    Args:
+        capacity: bytes that will be asked for, or a bound on it: what is never written to takes no memory.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self._used = capacity, 0
+        self._block: torch.Tensor | None = None
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialized uint8 tensor on the CPU."""
+        size = math.prod(shape)
+        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if self.capacity < _SMALL_BYTES or start + size > self.capacity:
+            return torch.empty(shape, dtype=torch.uint8)
+        if self._block is None:
+            self._block = _huge_block(self.capacity)
+        self._used = start + size
+        return self._block[start : self._used].view(shape)
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a uint8 CPU tensor in the block; others, and what lies there already, come back as they are."""
+        if tensor.device.type != "cpu" or tensor.dtype != torch.uint8 or self._holds(tensor):
+            return tensor
+        place = self.take(tuple(tensor.shape))
+        return place.copy_(tensor) if self._holds(place) else tensor
+
+    def adopt(self, module: nn.Module) -> None:
+        """Move the packed buffers of a module, and of its children, into the block."""
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.dtype == torch.uint8:
+                    part._buffers[name] = self.place(buffer)
+
+    def _holds(self, tensor: torch.Tensor) -> bool:
+        return (
+            self._block is not None
+            and tensor.untyped_storage().data_ptr() == self._block.untyped_storage().data_ptr()
+        )  # fmt: skip
+
+
+def _huge_block(size: int) -> torch.Tensor:
+    block = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
+    if native.available():
+        native.library().advise_huge_pages(block)
+    start = -block.data_ptr() % _HUGE_PAGE
+    return block[start : start + size]
+
+
+def arena_for(resolved: ResolvedModel) -> WeightArena:
+    """An arena for a model that is about to be quantized: 4 bits (8 for head and embedding), scales and zeros."""
+    weights = [site.module.weight for layer in resolved.layers for site in layer.linears()]
+    for layer in resolved.layers:
+        if layer.experts is not None:
+            weights += [layer.experts.gate_up, layer.experts.down]
+    tables = [resolved.embedding.weight] + ([] if resolved.tied else [resolved.head.module.weight])
+    return WeightArena(sum(int(w.numel() * 4.75 / 8) for w in weights) + sum(int(w.numel() * 8.25 / 8) for w in tables))
