@@ -135,7 +135,7 @@ def print_shares(samples: dict[str, dict[str, list[float]]]) -> None:
         print(f"{name:6} step {step:8.2f} ms, attention {attention:8.2f} ms, {shares[name]:.1%} of the step")
     times = [e / s for e, s in zip(samples["eager"]["attention"], samples["swap"]["attention"], strict=True)]
     print(
-        f"attention {statistics.median(times):.1f}x faster than eager; share {shares['swap'] / shares['eager']:.2f} of eager's"
+        f"attention {statistics.median(times):.1f}x faster than eager; share {shares['swap'] / shares['eager']:.3f} of eager's"
     )
 
 

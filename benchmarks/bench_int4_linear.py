@@ -2,8 +2,9 @@
 
     python benchmarks/bench_int4_linear.py [--shape qwen3-0.6b] [--rounds 15] [--json FILE]
 
-One row: every quantized linear of the shape (head at 8 bits), run once in execution order, so that nothing is in a cache;
-GB/s of packed bytes over the read bandwidth measured in the same round. Many rows: the shape's linears at 512 rows; TOP/s
+One row: every quantized linear of the shape (head at 8 bits) in execution order, as in a decode step, four steps in a row
+so that Python is warm and the weights are not; GB/s of packed bytes over the read bandwidth measured in the same round,
+for the ops and for the modules that call them. Many rows: the shape's linears at 512 rows; TOP/s
 over the peak of the dot-product instruction measured in the same round. Medians of interleaved rounds; the bfloat16
 linears of the same sizes run in the same rounds.
 """
@@ -24,10 +25,13 @@ from llmopt import native
 from llmopt.measure import environment
 from llmopt.measure.ceilings import CeilingMeter
 from llmopt.models import resolve_model, shapes
+from llmopt.ops.int4_linear import int4_linear
+from llmopt.ops.int8_linear import int8_linear
 from llmopt.passes.quantize_gptq.direct import build_quantized
 from llmopt.passes.quantize_gptq.linear import QuantLinear
 
 MANY_ROWS = 512
+STEPS = 4
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -56,22 +60,37 @@ def main() -> None:
     many = {k: torch.randn(MANY_ROWS, k, dtype=torch.bfloat16) for k in {k for _, k in sizes}}
     dense = {s: torch.randn(s, dtype=torch.bfloat16) for s in sizes}
     packed_bytes = sum(m.packed.numel() for m in linears)
-    samples: dict[str, list[float]] = {"one row": [], "read": [], "peak": []}
+    samples: dict[str, list[float]] = {"ops": [], "modules": [], "read": [], "peak": []}
     for n, k in sizes:
         samples[f"{n}x{k}"] = []
         samples[f"bf16 {n}x{k}"] = []
 
-    def all_once() -> None:
+    calls = [
+        (int4_linear if m.bits == 4 else int8_linear, one[m.in_features], m.packed, m.out_features, m.kernel_group)
+        for m in linears
+    ]
+
+    def ops() -> None:
+        for op, x, packed, out_features, group_size in calls:
+            op(x, packed, out_features=out_features, group_size=group_size)
+
+    def modules() -> None:
         for module in linears:
             module(one[module.in_features])
+
+    def per_step(step: Callable[[], object]) -> float:
+        step()
+        return seconds(lambda: [step() for _ in range(STEPS)]) / STEPS
 
     with torch.no_grad(), CeilingMeter() as meter:
         for done in range(args.rounds + 1):
             ceilings = meter.measure_round()
-            row: dict[str, float] = {"one row": packed_bytes / seconds(all_once) / 1e9}
-            row["read"], row["peak"] = ceilings["read_gb_per_s"], ceilings["int8_tops"]
+            row: dict[str, float] = {"read": ceilings["read_gb_per_s"], "peak": ceilings["int8_tops"]}
+            row["ops"], row["modules"] = (packed_bytes / per_step(step) / 1e9 for step in (ops, modules))
             for (n, k), module in sizes.items():
                 operations = 2 * MANY_ROWS * n * k
+                module(many[k])
+                torch.nn.functional.linear(many[k], dense[n, k])
                 row[f"{n}x{k}"] = operations / seconds(lambda m=module, x=many[k]: m(x)) / 1e12
                 row[f"bf16 {n}x{k}"] = operations / seconds(
                     lambda w=dense[n, k], x=many[k]: torch.nn.functional.linear(x, w)
@@ -81,9 +100,10 @@ def main() -> None:
                     samples[name].append(value)
     median = {name: statistics.median(values) for name, values in samples.items()}
     print(f"{args.shape}, {torch.get_num_threads()} threads, {native.active_isa()}, {args.rounds} rounds")
-    fractions = [a / b for a, b in zip(samples["one row"], samples["read"], strict=True)]
-    print(f"one row:  {packed_bytes / 1e6:.0f} MB in order at {median['one row']:.1f} GB/s, read bandwidth "
-          f"{median['read']:.1f} GB/s: {statistics.median(fractions):.1%}")  # fmt: skip
+    for kind in ("ops", "modules"):
+        share = statistics.median(a / b for a, b in zip(samples[kind], samples["read"], strict=True))
+        print(f"one row, {kind}: {packed_bytes / 1e6:.0f} MB in order at {median[kind]:.1f} GB/s, read bandwidth "
+              f"{median['read']:.1f} GB/s: {share:.1%}")  # fmt: skip
     for n, k in sizes:
         share = statistics.median(a / b for a, b in zip(samples[f"{n}x{k}"], samples["peak"], strict=True))
         print(f"{MANY_ROWS} rows: {n} x {k}: {median[f'{n}x{k}']:.3f} TOP/s, {share:.1%} of {median['peak']:.3f}; "

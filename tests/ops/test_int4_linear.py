@@ -116,7 +116,7 @@ def test_nothing_is_written_around_the_output(tokens: int, dtype: torch.dtype, i
     for offset in (1, 3, 8):
         buffer = torch.full((tokens + 2, n + 20), 777.0, dtype=dtype)
         y = buffer[1:-1, offset : offset + n]
-        native.library().int4_linear(x, packed, None, y, 64, False)
+        native.library().int4_linear_into(x, packed, None, y, 64, False)
         assert torch.equal(y, expected)
         y.fill_(777.0)
         assert (buffer == 777.0).all()

@@ -48,7 +48,7 @@ def test_nothing_is_written_around_the_output(tokens: int, dtype: torch.dtype, i
     expected = int8_linear(x, packed(), bias, out_features=N, group_size=GROUP)
     buffer = torch.full((tokens + 2, N + 11), 777.0, dtype=dtype)
     y = buffer[1:-1, 3 : 3 + N]
-    native.library().int8_linear(x, packed(), bias, y, GROUP)
+    native.library().int8_linear_into(x, packed(), bias, y, GROUP)
     assert torch.equal(y, expected)
     y.fill_(777.0)
     assert (buffer == 777.0).all()

@@ -188,7 +188,7 @@ class Attention {
     for (int64_t j = 0; j < n; j += 16) {
       int64_t r = 0;
       for (; r + 4 <= rows_; r += 4) score_rows<4, kBlockVecs == 4 ? 4 : 1>(r, key, j, n);
-      for (; r + 2 <= rows_; r += 2) score_rows<2, kBlockVecs == 4 ? 8 : 2>(r, key, j, n);
+      for (; r + 2 <= rows_; r += 2) score_rows<2, 2>(r, key, j, n);
       for (; r < rows_; ++r) score_rows<1, kBlockVecs == 4 ? 8 : 4>(r, key, j, n);
     }
   }
@@ -207,11 +207,11 @@ class Attention {
         for (int i = 0; i < R * C; ++i) acc[g * R * C + i] = zero_f32();
         // past the end the last key is read again; its scores are masked
         for (int c = 0; c < C; ++c) k[c] = key_at(key + std::min<int64_t>(n - 1, j + g * C + c));
-        dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, kTileKeys * p_.k_stride.t, acc + g * R * C);
+        dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, kAheadKeys * p_.k_stride.t, acc + g * R * C);
         if (p_.k_rope) {
           for (int c = 0; c < C; ++c) k[c] = key_rope_at(key + std::min<int64_t>(n - 1, j + g * C + c));
           dots<R, C, kDType>(q + round_up(p_.dim, 16), layout_.query_stride, k, p_.dim_rope,
-                             kTileKeys * p_.k_rope_stride.t, acc + g * R * C);
+                             kAheadKeys * p_.k_rope_stride.t, acc + g * R * C);
         }
       }
       float sums[16];

@@ -21,7 +21,7 @@ template <int kDType>
 inline F32x16 load_bits(const void* base, int64_t i) {
   return load(static_cast<const float*>(element<kDType>(base, i)));
 }
-// Asks for the line that holds element i, always one tile of keys ahead of its use. Keys and values come in short runs of
+// Asks for the line that holds element i, some keys ahead of its use. Keys and values come in short runs of
 // two streams, which the hardware does not follow by itself: without this, waiting and computing add up.
 template <int kDType>
 inline void prefetch(const void* base, int64_t i) {
@@ -66,8 +66,8 @@ inline void restore_order(const float* in, int64_t dim, float* out) {
 // c[R, 16 V] = keep[r] * c[r] + a[R, k] @ b[k, 16 V]; keep == nullptr starts from zero. `lanes` < 16 only with V == 1.
 // kStream: b comes from memory, and the rows after it are wanted next.
 template <int R, int V, int kDType, bool kStream>
-[[gnu::noinline]] void product_block(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                          const float* keep, int lanes) {
+[[gnu::noinline]] void product_block(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
+                                     int64_t k, const float* keep, int lanes) {
   F32x16 acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -86,7 +86,7 @@ template <int R, int V, int kDType, bool kStream>
     }
     if constexpr (kStream) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + kTileKeys) * ldb + 16 * v);
+      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + kAheadKeys) * ldb + 16 * v);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {

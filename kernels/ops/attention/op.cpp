@@ -20,7 +20,7 @@ constexpr int64_t kMostRows = 192, kFewestRows = 48, kCacheFloats = 192 * 1024;
 // fewest keys of one job when the keys are split
 constexpr int64_t kFewestKeys = 512;
 // jobs to cut the work into, where it is large enough: several for each of some ten threads, so that they end together
-constexpr int64_t kWantedJobs = 64;
+constexpr int64_t kWantedJobs = 32;
 
 Strides strides_of(const TensorView& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -119,6 +119,8 @@ void run(const AttentionParams& p, const AttentionKernels& kernels) {
   const AttentionLayout layout(p, plan.tile_rows);
   const int64_t jobs = p.batch * p.kv_heads * plan.num_tiles * plan.num_splits;
   const bool split = plan.num_splits > 1;
+  // a run of splits reads on where the one before stopped, and finds its first keys prefetched
+  const int64_t chunk = std::max<int64_t>(1, split ? jobs / (4 * plan.threads) : 1);
   const int64_t stride = layout.partial_size(plan.tile_rows);
   float* partials =
       split ? reinterpret_cast<float*>(partial_scratch.get(static_cast<size_t>(jobs * stride) * sizeof(float)))
@@ -126,7 +128,7 @@ void run(const AttentionParams& p, const AttentionKernels& kernels) {
 #pragma omp parallel num_threads(plan.threads)
   {
     float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(layout.total) * sizeof(float)));
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t i = 0; i < jobs; ++i) {
       AttentionJob job = job_at(p, plan, i);
       if (split) job.partial = partials + i * stride;
