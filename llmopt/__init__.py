@@ -15,13 +15,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmopt.loop import optimize
+    from llmopt.measure.comparison import Comparison
     from llmopt.measure.report import Report
     from llmopt.verbs import compare, load, report, restore, save
 
-__all__ = ["Report", "compare", "errors", "load", "optimize", "report", "restore", "save"]
+__all__ = ["Comparison", "Report", "compare", "errors", "load", "optimize", "report", "restore", "save"]
 
 _HOME = dict.fromkeys(("compare", "load", "report", "restore", "save"), "llmopt.verbs")
-_HOME |= {"optimize": "llmopt.loop", "Report": "llmopt.measure.report"}
+_HOME |= {"optimize": "llmopt.loop", "Report": "llmopt.measure.report", "Comparison": "llmopt.measure.comparison"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,9 @@ Exit codes: 0 done; 1 the work failed; 2 bad usage or bad input, nothing was cha
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -123,6 +124,14 @@ def optimize(
     measure_full: _Full = False,
     quality_budget: _Budget = None,
     strict: _Strict = False,
+    checkpoint_format: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint-format",
+            metavar="NAME",
+            help="gptq (v1, read most widely) | gptq_v2 (zero points as they are; v1 has no word for 0).",
+        ),
+    ] = "gptq",
     json: _Json = None,
     seed: _Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
@@ -133,14 +142,17 @@ def optimize(
     Examples:
       llmopt optimize models/qwen3 -o out
       llmopt optimize models/qwen3 -o out --calibration my.txt --json report.json
+      llmopt optimize models/qwen3 -o out --set quantize_gptq.sym=false --checkpoint-format gptq_v2
       llmopt optimize models/qwen3 -o out --passes quantize_gptq \\
              --set quantize_gptq.group_size=64 --quality-budget 0.05
     """
     import llmopt
     from llmopt import cli_models, cli_output
+    from llmopt.checkpoint.quant_config import check_format
 
     cli_models.read_config(directory)
     _check_out(directory, out, overwrite=overwrite)
+    check_format("--checkpoint-format", checkpoint_format)
     settings = _settings(
         passes, options, calibration, measure=_level(measure, measure_full), quality_budget=quality_budget, seed=seed
     )
@@ -148,8 +160,9 @@ def optimize(
     with cli_output.progress() as on_event:
         model = llmopt.optimize(opened.model, strict=strict, on_event=on_event, **settings)
     # first of all the receipt: a full disk must not lose it
-    _show(llmopt.report(model), json)
-    llmopt.save(model, out, tokenizer=opened.tokenizer)
+    report = llmopt.report(model)
+    _show(report.to_dict(), json, report.print)
+    llmopt.save(model, out, tokenizer=opened.tokenizer, checkpoint_format=cast(Any, checkpoint_format))
     typer.echo(f"saved to {out}", err=True)
 
 
@@ -197,22 +210,27 @@ def bench(
         _measure_isolated(model, subject, report)
     if report_dir is not None:
         _write_reports(report, report_dir)
-    _show(report, json)
+    _show(report.to_dict(), json, report.print)
 
 
 @app.command()
 def compare(
+    *,
     subjects: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Checkpoints, or report.json files.")],
     json: _Json = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the random prompt that models with different tokenizers read.")
+    ] = 0,
 ) -> None:
-    """Show models side by side: what each was before, what it is now, and what that cost.
+    """Measure checkpoints side by side: times, share of the machine's bandwidth, and quality against the first.
 
-    Reports, and checkpoints that llmopt saved, are shown as they were recorded; other checkpoints are optimized in
-    memory and measured now.
+    They are loaded as they are (plain, saved by llmopt, or GPTQ), held in memory together, and timed in the same
+    rounds. report.json files are shown as they were recorded.
 
     \b
     Examples:
-      llmopt compare out-group64 out-group128
+      llmopt compare models/qwen3 out-group64 out-group128
+      llmopt compare models/qwen3 out --json comparison.json
       llmopt compare monday/report.json friday/report.json
     """
     from llmopt import cli_models, cli_output
@@ -220,11 +238,22 @@ def compare(
 
     if len(subjects) < 2:
         raise InputError.argument("compare", expected="at least two checkpoints or reports", got=len(subjects))
-    reports = cli_models.collect_reports(subjects)
-    if json is not None:
-        cli_output.write_json([report.to_dict() for report in reports], json)
-    if json != cli_output.STDOUT:
-        views.print_compare(reports)
+    files = [path for path in subjects if path.is_file()]
+    if files and len(files) < len(subjects):
+        other = next(path for path in subjects if path not in files)
+        raise InputError(
+            f"compare: expected either checkpoints or report files, got both ({files[0]} is a file, {other} is not)"
+        )
+    if files:
+        reports = [cli_models.read_report(path) for path in files]
+        _show([report.to_dict() for report in reports], json, lambda: views.print_compare(reports))
+        return
+    import llmopt
+
+    models = cli_models.open_models(subjects)
+    with cli_output.progress() as on_event:
+        comparison = llmopt.compare(models, on_event=on_event, seed=seed)
+    _show(comparison.to_dict(), json, comparison.print)
 
 
 @app.command()
@@ -367,13 +396,14 @@ def _write_reports(report: Report, directory: Path) -> None:
     report.plot(directory / "report.png")
 
 
-def _show(report: Report, json: Path | None) -> None:
+def _show(record: Any, json: Path | None, show: Callable[[], None]) -> None:
+    """Write the record where ``--json`` says, and print the view unless that is stdout."""
     from llmopt import cli_output
 
     if json is not None:
-        cli_output.write_json(report.to_dict(), json)
+        cli_output.write_json(record, json)
     if json != cli_output.STDOUT:
-        report.print()
+        show()
 
 
 def main() -> None:

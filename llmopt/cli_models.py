@@ -180,34 +180,21 @@ def read_report(file: Path) -> Report:
         raise InputError(f"{file}: not a report that llmopt wrote: {error}") from error
 
 
-def collect_reports(subjects: list[Path]) -> list[Report]:
-    """A receipt for each report file or checkpoint: recorded ones as they are, the others by optimizing now.
+def open_models(directories: list[Path]) -> dict[str, Any]:
+    """Several checkpoints, loaded one after the other: name -> model. A directory given twice is loaded twice.
 
     Raises:
-        InputError: a file that is no report, or a directory that is no checkpoint.
+        InputError: a path that is no directory, or a checkpoint quantized by another method.
         CheckpointError: a checkpoint that cannot be read.
     """
-    found = {path: _recorded(path) for path in subjects}
-    missing = [path for path, report in found.items() if report is None]
-    if missing:
-        import llmopt
-
-        measured = llmopt.compare({str(path): open_model(path).model for path in missing})
-        found |= dict(zip(missing, measured, strict=True))
-    reports = []
-    for path, report in found.items():
-        assert report is not None
-        if path.is_dir():
-            report.model["name"] = path.resolve().name
-        reports.append(report)
-    return reports
+    # before the first is loaded
+    for path in directories:
+        read_config(path)
+    return {name: open_model(path).model for name, path in zip(_names(directories), directories, strict=True)}
 
 
-def _recorded(path: Path) -> Report | None:
-    if path.is_file():
-        return read_report(path)
-    read_config(path)
-    from llmopt import checkpoint
-
-    recorded = checkpoint.recorded_report(path)
-    return None if recorded is None else Report.from_json(json.dumps(recorded))
+def _names(paths: list[Path]) -> list[str]:
+    """The last part of each path, or all of it where two have the same; numbered where even that is the same."""
+    last = [path.resolve().name for path in paths]
+    names = [name if last.count(name) == 1 else str(path) for name, path in zip(last, paths, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} #{i + 1}" for i, name in enumerate(names)]

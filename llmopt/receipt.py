@@ -8,18 +8,14 @@ from typing import Any
 
 import torch
 
-from llmopt import native
-from llmopt.measure import environment, timing, traffic
+from llmopt.measure import ceilings, environment, timing, traffic
 from llmopt.measure.baseline import Baseline, OwnBaseline
-from llmopt.measure.ceilings import CeilingMeter, CeilingUnavailableError
 from llmopt.measure.memory import module_bytes, peak_rss, peak_rss_reset
 from llmopt.measure.report import Ceilings, Gain, Memory, PassRow, Quality, Report, Timing
 from llmopt.models.base import ResolvedModel
 from llmopt.passes.base import Applied, Event, Pass, Patch
 from llmopt.stages import EAGER, STOCK, Stages
 
-# a request as users send them: verdicts weigh prefill and decode by it
-_REQUEST_TOKENS = 128
 _PAIR_BUDGET_S, _LADDER_BUDGET_S = 12.0, 36.0
 
 
@@ -33,7 +29,7 @@ class Receipt:
         self.resolved, self.stages, self.emit, self.random = resolved, stages, emit, random_weights
         self.source: Baseline = baseline or OwnBaseline(stages)
         self.plan = timing.Plan()
-        self.request_tokens = _REQUEST_TOKENS
+        self.request_tokens = timing.REQUEST_TOKENS
         self.baseline_quality: Quality | None = None
         self.baseline_weights = module_bytes(resolved.model)
         self.num_parameters = sum(p.numel() for p in resolved.model.parameters())
@@ -81,7 +77,7 @@ class Receipt:
             for i, (item, _) in enumerate(kept):
                 ladder[f"without {item.name}"] = self.stages.stage((*patches[:i], *patches[i + 1 :]))
         plan = timing.Plan(decode_tokens=self.plan.decode_tokens, budget_s=_LADDER_BUDGET_S * (2 if full else 1))
-        meter = _ceiling_meter()
+        meter = ceilings.usable_meter()
         samples = timing.interleaved(
             ladder, prompt(plan.prompt_tokens), plan, every_round=meter.measure_round if meter else None,
             on_round=lambda done, most: self.emit(Event("progress", "receipt", "timing all stages", done, most)),
@@ -130,12 +126,9 @@ class Receipt:
                 self.baseline_memory = memory
                 continue
             row.memory = memory
-            depth = self.plan.prompt_tokens + self.plan.decode_tokens // 2
-            read = traffic.weight_bytes_per_token(self.resolved) + traffic.kv_bytes(self.resolved, depth)
+            read = traffic.decode_bytes(self.resolved, self.plan.prompt_tokens, self.plan.decode_tokens)
             row.details["decode_bytes_per_token"] = read
-            bandwidth = self.ceilings.read_gb_per_s if self.ceilings else None
-            if bandwidth is not None and row.timing is not None:
-                row.bandwidth_fraction = read / (row.timing.decode_ms.value * 1e-3) / (bandwidth.value * 1e9)
+            row.bandwidth_fraction = traffic.bandwidth_fraction(read, row.timing, self.ceilings)
 
     def report(self, rows: list[PassRow], notes: list[str], settings: dict[str, Any], total_s: float) -> Report:
         """The finished record."""
@@ -170,12 +163,3 @@ class Receipt:
             notes=notes,
             measured_s=round(self.measured_s, 1),
         )
-
-
-def _ceiling_meter() -> CeilingMeter | None:
-    if not native.available():
-        return None
-    try:
-        return CeilingMeter()
-    except CeilingUnavailableError:
-        return None

@@ -1,21 +1,22 @@
-"""What can be done with an optimized model: read its receipt, take it back, write it, read it, compare it."""
+"""What can be done with models, optimized or not: read the receipt, take it back, write, read, compare them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from llmopt import side_by_side
 from llmopt.errors import InputError
-from llmopt.loop import optimize
+from llmopt.measure.comparison import Comparison
 from llmopt.measure.report import Report
 from llmopt.model_state import forget, is_optimized, state_of
 from llmopt.models import resolve_model
 from llmopt.passes import choose
-from llmopt.passes.base import Pass, PassContext
+from llmopt.passes.base import Event, Pass, PassContext
 
 _LOG = logging.getLogger("llmopt")
 
@@ -38,18 +39,31 @@ def restore(model: Any) -> Any:
     return model
 
 
-def save(model: Any, directory: str | Path, *, tokenizer: Any = None) -> Path:
+def save(
+    model: Any, directory: str | Path, *, tokenizer: Any = None,
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
+) -> Path:  # fmt: skip
     """Write an optimized (or plain) model as a standard checkpoint, with llmopt.json beside it.
 
     Args:
         model: optimized, loaded by :func:`load`, or a plain supported model.
         directory: made, or replaced if it holds a checkpoint; an existing one survives any failure.
         tokenizer: saved along; None takes the one beside the original weights, if any.
+        checkpoint_format: how zero points of quantized weights are stored. "gptq" (v1: minus one) is what most tools
+            read; it has no word for a zero point of 0, so that such groups of asymmetric weights are written mirrored,
+            with a negative scale. "gptq_v2" stores every zero point as it is. :func:`load` reads both.
+
+    Raises:
+        InputError: an unknown checkpoint_format, or a model of no supported family.
+        CheckpointError: the directory holds something else, or the disk is full; nothing has been changed.
     """
     from llmopt import checkpoint
+    from llmopt.checkpoint.quant_config import check_format
 
+    # before the originals are read back from disk
+    check_format("checkpoint_format", checkpoint_format)
     if not is_optimized(model):
-        return checkpoint.save(model, directory, tokenizer=tokenizer)
+        return checkpoint.save(model, directory, tokenizer=tokenizer, checkpoint_format=checkpoint_format)
     state = state_of(model)
     originals = {}
     family = state.resolved.family
@@ -59,8 +73,9 @@ def save(model: Any, directory: str | Path, *, tokenizer: Any = None) -> Path:
             originals[f"{path}.weight"] = state.originals.tensor(weight)
     applied = {p.name: p.options() for p, _ in state.kept}
     return checkpoint.save(
-        model, directory, tokenizer=tokenizer, originals=originals, passes=applied, report=state.report
-    )
+        model, directory, tokenizer=tokenizer, originals=originals, passes=applied, report=state.report,
+        checkpoint_format=checkpoint_format,
+    )  # fmt: skip
 
 
 def load(directory: str | Path, *, passes: Sequence[str | Pass] | Literal["saved"] | None = "saved") -> Any:
@@ -108,20 +123,29 @@ def _apply_unmeasured(model: Any, passes: list[Pass]) -> None:
         item.apply(ctx).patch.enable()
 
 
-def compare(models: Mapping[str, Any], **settings: Any) -> list[Report]:
-    """Receipts of several models, for a table side by side (:func:`llmopt.measure.views.print_compare`).
+def compare(
+    models: Mapping[str, Any],
+    *,
+    prompt: Any = None,
+    on_event: Callable[[Event], None] | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Measure several models side by side, each as it is: plain, optimized, or loaded quantized. None is changed.
+
+    All are timed in one interleaved run through ``generate``, with the machine's ceilings measured in the same rounds,
+    and held against the first: ratios of times with intervals, and quality on held-out text where both read the same
+    tokens.
 
     Args:
-        models: name -> model. Optimized ones give the receipt they have; others are optimized first, with ``settings``
-            as for :func:`optimize`.
+        models: name -> causal LM of a supported family, in eval mode; the first is the reference. All are in memory at
+            once, and on one device.
+        prompt: text, or token ids ``[T]`` or ``[1, T]`` that every vocabulary has. None: held-out text where the models
+            share a tokenizer, else random ids.
+        on_event: called with every :class:`~llmopt.passes.base.Event`.
+        seed: of what is drawn (random ids).
+
+    Raises:
+        InputError: no model, one object under two names, a prompt that not all models can read, or models on different
+            devices; also :class:`UnsupportedModelError` and :class:`ModelStateError`, as for :func:`optimize`.
     """
-    if not models:
-        raise InputError.argument("models", expected="at least one model", got=models)
-    reports = []
-    for name, model in models.items():
-        if not is_optimized(model):
-            optimize(model, **settings)
-        receipt = report(model)
-        receipt.model["name"] = name
-        reports.append(receipt)
-    return reports
+    return side_by_side.measure(models, prompt=prompt, on_event=on_event, seed=seed)

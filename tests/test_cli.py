@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,8 +94,17 @@ BAD_INPUT = {
     "bench_isolated_shape": (["bench", "--shape", "qwen3-0.6b", "--isolated-memory"], "expected --model DIR"),
     "unknown_shape": (["bench", "--shape", "qwen3-0.5b"], "nearest: qwen3-0.6b"),
     "compare_one": (["compare", "{model}"], "at least two"),
-    "compare_gone": (["compare", "{model}/config.json", "{tmp}/gone"], "not a report"),
+    "compare_gone": (["compare", "{model}", "{tmp}/gone"], "a local checkpoint directory"),
     "compare_no_report": (["compare", "{model}/config.json", "{model}/config.json"], "not a report"),
+    "compare_mixed": (
+        ["compare", "{model}", "{model}/config.json"],
+        "either checkpoints or report files, got both ({model}/config.json is a file, {model} is not)",
+    ),
+    "compare_not_a_checkpoint": (["compare", "{model}", "{tmp}"], "no config.json"),
+    "unknown_format": (
+        ["optimize", "{model}", "-o", "{tmp}/out", "--checkpoint-format", "gptq_v3"],
+        "--checkpoint-format: expected 'gptq' or 'gptq_v2', got 'gptq_v3'",
+    ),
     "unknown_op": (["kernels", "nosuch"], "op: expected int4_linear"),
     "unknown_isa": (["kernels", "int4_linear", "--isa", "avx3"], "--isa: expected auto | portable | avx2 | avx512"),
     "unknown_case": (["kernels", "int4_linear", "--case", "nosuch"], "case: expected"),
@@ -113,7 +123,7 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    assert message.format(tmp=tmp_path, model=checkpoint) in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -153,19 +163,74 @@ def test_compare_of_saved_reports(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(alone.stdout)
 
 
-def test_compare_of_saved_checkpoints_shows_what_was_recorded(tmp_path: Path) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens and rounds, no ceilings."""
+    from llmopt.measure import ceilings, timing
+
+    plan = timing.Plan(prompt_tokens=8, decode_tokens=3, min_rounds=2, max_rounds=2)
+    monkeypatch.setattr(timing, "Plan", lambda **_: plan)
+    monkeypatch.setattr(ceilings, "usable_meter", lambda: None)
+
+
+def test_compare_measures_checkpoints_of_every_kind(checkpoint: Path, tmp_path: Path, quick: None) -> None:
     import llmopt
 
-    model = tiny_model("qwen3")
+    model = llmopt.load(checkpoint)
     ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     llmopt.optimize(model, ["quantize_gptq"], calibration=ids, measure=False)
-    for name in ("first", "second"):
-        llmopt.save(model, tmp_path / name)
-    result = runner.invoke(app, ["compare", str(tmp_path / "first"), str(tmp_path / "second"), "--json", "-"])
+    llmopt.save(model, tmp_path / "ours")
+    llmopt.save(model, tmp_path / "gptq", checkpoint_format="gptq_v2")
+    (tmp_path / "gptq" / "llmopt.json").unlink()
+    paths = [str(checkpoint), str(tmp_path / "ours"), str(tmp_path / "gptq")]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = runner.invoke(app, ["compare", *paths, "--json", "-", "--seed", "5"])
     assert result.exit_code == 0, result.stderr
-    reports = json.loads(result.stdout)
-    assert [each["model"]["name"] for each in reports] == ["first", "second"]
-    assert reports[0]["passes"][0]["verdict"] == "kept"
+    found = llmopt.Comparison.from_json(result.stdout)
+    assert [row.name for row in found.rows] == ["tiny", "ours", "gptq"]
+    assert ["int4 g128" in row.model["weights"] for row in found.rows] == [False, True, True]
+    assert found.rows[2].gain is not None
+    assert found.settings["seed"] == 5
+    table = runner.invoke(app, ["compare", *paths, "--json", str(tmp_path / "out.json")])
+    assert table.exit_code == 0
+    assert "3 models, measured in the same rounds" in table.stdout
+    assert "x tiny" in table.stdout
+    assert [row["name"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["tiny", "ours", "gptq"]
+    (tmp_path / "out.json").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_compare_may_be_given_one_checkpoint_twice(checkpoint: Path, tmp_path: Path, quick: None) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "elsewhere" / "tiny")
+    result = runner.invoke(app, ["compare", str(checkpoint), str(checkpoint), str(other), "--json", "-"])
+    assert result.exit_code == 0, result.stderr
+    names = [row["name"] for row in json.loads(result.stdout)["rows"]]
+    assert names == [f"{checkpoint} #1", f"{checkpoint} #2", str(other)]
+
+
+def test_compare_loads_nothing_before_every_path_is_checked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(cli_models, "open_model", refuse)
+    result = runner.invoke(app, ["compare", str(checkpoint), str(tmp_path)])
+    assert (result.exit_code, "no config.json" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2"])
+def test_optimize_writes_the_checkpoint_format_asked_for(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text(json.dumps([list(range(100)), list(range(200, 300))]))
+    result = runner.invoke(
+        app,
+        ["optimize", str(checkpoint), "-o", str(tmp_path / "out"), "--no-measure", "--passes", "quantize_gptq"]
+        + ["--calibration", str(tmp_path / "ids.json")]
+        + (["--checkpoint-format", name] if name != "gptq" else []),
+    )
+    assert result.exit_code == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == name
 
 
 def test_doctor_ends_with_every_pass_and_says_whether_it_is_ready() -> None:

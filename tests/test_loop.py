@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import llmopt
-from llmopt import loop, receipt
+from llmopt import loop
 from llmopt.errors import CalibrationError, InputError, ModelStateError, PassError, QuantizationError
-from llmopt.measure import timing
+from llmopt.measure import ceilings, timing
 from llmopt.measure.report import Interval, Report
 from llmopt.models import FAMILIES, resolve_model
 from llmopt.passes import PASSES, QuantizeGptq
@@ -95,7 +95,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return float(jitter[0]) * (20 + extra), float(jitter[1]) * (10 + extra)
 
     monkeypatch.setattr(timing, "run_once", run_once)
-    monkeypatch.setattr(receipt, "_ceiling_meter", lambda: None)
+    monkeypatch.setattr(ceilings, "usable_meter", lambda: None)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def short_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         return plan(prompt_tokens=8, decode_tokens=3, min_rounds=3, max_rounds=3)
 
     monkeypatch.setattr(timing, "Plan", quick)
-    monkeypatch.setattr(receipt, "_ceiling_meter", lambda: None)
+    monkeypatch.setattr(ceilings, "usable_meter", lambda: None)
 
 
 @torch.no_grad()
@@ -513,8 +513,6 @@ def test_only_an_optimized_model_has_a_receipt(tiny: Any) -> None:
     for function in (llmopt.report, llmopt.restore):
         with pytest.raises(InputError, match=r"^model: not optimized"):
             function(model)
-    with pytest.raises(InputError, match=r"^models: "):
-        llmopt.compare({})
 
 
 # ---- the receipt
@@ -598,15 +596,6 @@ def test_unmeasured_runs_undo_nothing_and_time_nothing(tiny: Any) -> None:
     assert all(r.timing is r.marginal is r.total is r.quality is None for r in report.passes)
     assert report.baseline is report.stock is report.ceilings is None
     assert Report.from_json(report.to_json()).to_json() == report.to_json()
-
-
-def test_compare_puts_receipts_side_by_side(tiny: Any, token_rows: Any) -> None:
-    first, second = tiny("qwen3"), tiny("llama")
-    llmopt.optimize(first, [SMALL_GPTQ], measure=False)
-    reports = llmopt.compare({"a": first, "b": second}, passes=[SMALL_GPTQ], measure=False)
-    assert [r.model["name"] for r in reports] == ["a", "b"]
-    assert [r.passes[0].verdict for r in reports] == ["kept", "kept"]
-    assert llmopt.report(second).model["name"] == "b"
 
 
 # ---- manners

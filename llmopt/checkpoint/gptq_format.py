@@ -72,7 +72,8 @@ def pack(codes: Codes, *, bits: int, v2: bool = False) -> GptqTensors:
     """Codes to words.
 
     Format v1 has no word for a zero point of 0. Such a group is written mirrored, ``q -> top - q``, ``zero -> top``,
-    ``scale -> -scale``, which stands for exactly the same weights.
+    ``scale -> -scale``, which stands for exactly the same weights. Format v2 (``checkpoint_format="gptq_v2"``) needs
+    no such thing.
 
     Args:
         codes: the weight.

@@ -16,14 +16,14 @@ from typing import Any
 import llmopt
 from llmopt.checkpoint.gptq_format import BITS
 from llmopt.checkpoint.safety import CONFIG, CheckpointFiles, has, read_json
-from llmopt.errors import CheckpointError
+from llmopt.errors import CheckpointError, InputError
 from llmopt.ops.int4_linear.layout import KERNEL_GROUPS
 
 LEGACY_CONFIG = "quantize_config.json"  # AutoGPTQ's own file, before transformers knew the format
 _LARGEST_GROUP = 128  # of the kernels; a larger group is read as several of this size with the same scale
 _MAX_GROUP = 2**20
 _LAYER = re.compile(r"\\?\.\d+\\?\.")  # also in an escaped name
-_FORMATS = ("gptq", "gptq_v2")
+FORMATS = ("gptq", "gptq_v2")  # of zero points: minus one, and as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ def read_settings(files: CheckpointFiles) -> Settings | None:
     for key in ("sym", "desc_act", "lm_head"):
         _expect(where, config, key, "true or false", lambda v: v is None or isinstance(v, bool))
     name = config.get("checkpoint_format", config.get("format", "gptq"))
-    if name not in _FORMATS or config.get("is_marlin_format"):
+    if name not in FORMATS or config.get("is_marlin_format"):
         got = "marlin" if config.get("is_marlin_format") else name
-        raise CheckpointError(f"{where}: checkpoint_format: expected {' or '.join(_FORMATS)}, got {got!r}")
+        raise CheckpointError(f"{where}: checkpoint_format: expected {' or '.join(FORMATS)}, got {got!r}")
     _expect(where, config, "pack_dtype", "'int32'", lambda v: v in (None, "int32"))
     for key in ("adapter", "rotation"):
         _expect(where, config, key, "nothing: it changes what the weights mean", lambda v: not v)
@@ -89,6 +89,12 @@ def read_settings(files: CheckpointFiles) -> Settings | None:
         bits=config["bits"], group_size=config["group_size"], symmetric=symmetric, v2=name == "gptq_v2",
         has_overrides=any(not pattern.startswith("-:") for pattern in dynamic),
     )  # fmt: skip
+
+
+def check_format(argument: str, name: object) -> None:
+    """Raises InputError, naming the argument, unless ``name`` is a format that can be written."""
+    if name not in FORMATS:
+        raise InputError.argument(argument, expected=" or ".join(map(repr, FORMATS)), got=name)
 
 
 def kernel_settings(group_size: int) -> tuple[int, int]:

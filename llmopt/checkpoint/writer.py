@@ -15,12 +15,12 @@ import torch
 from llmopt.checkpoint import manifest as manifests
 from llmopt.checkpoint.entries import Plan, Planner, model_dtype
 from llmopt.checkpoint.manifest import MANIFEST, SCALES, FileRecord, Manifest
-from llmopt.checkpoint.quant_config import quantization_config
+from llmopt.checkpoint.quant_config import check_format, quantization_config
 from llmopt.checkpoint.safety import CONFIG, INDEX, SINGLE, contained, has
 from llmopt.checkpoint.shard_writer import WrittenFile, split, write_shard
 from llmopt.checkpoint.skeleton import GENERATION_CONFIG
 from llmopt.checkpoint.staging import staged
-from llmopt.errors import CheckpointError, InputError, UnsupportedModelError
+from llmopt.errors import CheckpointError, UnsupportedModelError
 from llmopt.measure.report import Report
 from llmopt.models import family_for
 
@@ -62,8 +62,9 @@ def save(
         passes: the active passes in run order, name -> options; goes into ``llmopt.json``. None: those that the report
             says were kept.
         report: the receipt; goes into ``llmopt.json``.
-        checkpoint_format: ``gptq`` (v1) is read most widely; GPTQModel takes asymmetric weights from other tools only
-            as ``gptq_v2``.
+        checkpoint_format: ``gptq`` (v1) is read most widely, and has no word for a zero point of 0: such groups of
+            asymmetric weights are written mirrored, with a negative scale. ``gptq_v2`` stores them as they are;
+            GPTQModel takes asymmetric weights from other tools only in that form.
         max_shard_bytes: weight files are split above this size.
 
     Returns:
@@ -73,8 +74,7 @@ def save(
         InputError: an argument cannot be used, or the model's family is not supported.
         CheckpointError: the directory holds something else, or the disk is full.
     """
-    if checkpoint_format not in ("gptq", "gptq_v2"):
-        raise InputError.argument("checkpoint_format", expected="'gptq' or 'gptq_v2'", got=checkpoint_format)
+    check_format("checkpoint_format", checkpoint_format)
     config = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModelError(f"model: expected a transformers causal LM, got {type(model).__name__}")

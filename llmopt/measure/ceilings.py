@@ -170,3 +170,8 @@ class CeilingMeter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def usable_meter() -> CeilingMeter | None:
+    """A meter, or None without the compiled kernels, which are what it measures with."""
+    return CeilingMeter() if native.available() else None

@@ -1,4 +1,4 @@
-"""What a stage does to the output: its logits on held-out text against the eager baseline's."""
+"""What a stage does to the output: its logits on held-out text against the eager baseline's, or another model's."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _BATCH_TOKENS = 1024
 
 @dataclass(slots=True)
 class Reference:
-    """The eager baseline's outputs on the quality text."""
+    """The outputs of the eager baseline, or of another model with the same vocabulary, on the quality text."""
 
     ids: torch.Tensor  # [N, T] int64
     log_probs: torch.Tensor  # [N, T, V] bfloat16 or float32
     layers: list[torch.Tensor]  # per decoder layer, [T, H] outputs on the first row
     nll: torch.Tensor  # scalar, mean negative log-likelihood
+    dtype: torch.dtype  # of the model
 
 
 def choose_rows(rows: list[torch.Tensor], vocab: int) -> torch.Tensor:
@@ -38,14 +39,16 @@ def choose_rows(rows: list[torch.Tensor], vocab: int) -> torch.Tensor:
 def reference(resolved: ResolvedModel, ids: torch.Tensor) -> Reference:
     """Record the baseline. The model must be in its baseline stage."""
     log_probs = torch.cat([b.log_softmax(-1) for b in _logits(resolved.model, ids)])
-    return Reference(ids, log_probs, _layer_outputs(resolved, ids), _nll(log_probs, ids))
+    return Reference(ids, log_probs, _layer_outputs(resolved, ids), _nll(log_probs, ids), resolved.dtype)
 
 
 @torch.no_grad()
 def compare(resolved: ResolvedModel, ref: Reference) -> Quality:
-    """Measure the model, as it is now, against the baseline."""
-    kl_sum = torch.zeros((), dtype=torch.float64)
-    kl_max = logit_diff = 0.0
+    """Measure the model, as it is now, against the baseline.
+
+    Of a model with other layers than the reference (in number or width) no layer is named as the first to differ.
+    """
+    kl_sum = kl_max = logit_diff = 0.0
     agree, start, nll = 0, 0, 0.0
     for logits in _logits(resolved.model, ref.ids):
         rows = slice(start, start + logits.shape[0])
@@ -53,16 +56,16 @@ def compare(resolved: ResolvedModel, ref: Reference) -> Quality:
         base, now = ref.log_probs[rows], logits.log_softmax(-1)
         # rounding may leave a divergence just below zero
         kl = (base.exp() * (base - now)).sum(-1).clamp(min=0)
-        kl_sum += kl.double().sum()
+        kl_sum += float(kl.double().sum())
         kl_max = _worst(kl_max, float(kl.max()))
         agree += int((base.argmax(-1) == now.argmax(-1)).sum())
         logit_diff = _worst(logit_diff, float((base - now).abs().max()))
         nll += float(_nll(now, ref.ids[rows])) * logits.shape[0]
     tokens = ref.ids.numel()
     perplexity = _exp(nll / ref.ids.shape[0])
-    divergent, broken = _first_divergence(_layer_outputs(resolved, ref.ids), ref.layers, resolved)
+    divergent, broken = _first_divergence(_layer_outputs(resolved, ref.ids), ref, resolved)
     return Quality(
-        tokens=tokens, mean_kl=float(kl_sum) / tokens, max_kl=kl_max, top1_agreement=agree / tokens,
+        tokens=tokens, mean_kl=kl_sum / tokens, max_kl=kl_max, top1_agreement=agree / tokens,
         perplexity=perplexity, perplexity_ratio=perplexity / _exp(float(ref.nll)), max_abs_logit_diff=logit_diff,
         first_divergent_layer=divergent, non_finite=broken,
     )  # fmt: skip
@@ -102,14 +105,14 @@ def _layer_outputs(resolved: ResolvedModel, ids: torch.Tensor) -> list[torch.Ten
     return outputs
 
 
-def _first_divergence(
-    now: list[torch.Tensor], base: list[torch.Tensor], resolved: ResolvedModel
-) -> tuple[str | None, list[str]]:
-    """First layer off by more than rounding of the model's dtype explains, and layers that hold NaN or Inf."""
-    rounding = 8 * torch.finfo(resolved.dtype).eps
+def _first_divergence(now: list[torch.Tensor], ref: Reference, resolved: ResolvedModel) -> tuple[str | None, list[str]]:
+    """First layer off by more than rounding of the models' dtypes explains, and layers that hold NaN or Inf."""
+    rounding = 8 * max(torch.finfo(resolved.dtype).eps, torch.finfo(ref.dtype).eps)
     divergent = None
     broken = [layer.name for layer, x in zip(resolved.layers, now, strict=True) if not torch.isfinite(x).all()]
-    for layer, a, b in zip(resolved.layers, now, base, strict=True):
+    if [x.shape for x in now] != [x.shape for x in ref.layers]:
+        return None, broken
+    for layer, a, b in zip(resolved.layers, now, ref.layers, strict=True):
         # "not within", so that NaN counts as off
         if not float((a - b).norm()) <= rounding * float(b.norm()):
             divergent = layer.name

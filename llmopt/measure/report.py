@@ -138,24 +138,12 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The record as JSON; also written to ``path`` if given."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=True)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return write_record(self.to_dict(), path)
 
     @classmethod
     def from_json(cls, source: str | Path) -> Report:
         """Read a record back from a path or from JSON text."""
-        text = Path(source).read_text(encoding="utf-8") if not str(source).lstrip().startswith("{") else str(source)
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"report: not JSON: {error}") from None
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise InputError.argument(
-                "report schema_version", expected=str(SCHEMA_VERSION), got=data.get("schema_version")
-            )
-        report: Report = _build(cls, data)
+        report: Report = read_record(cls, source, name="report", version=SCHEMA_VERSION)
         return report
 
     def to_markdown(self, path: str | Path | None = None) -> str:
@@ -182,6 +170,34 @@ class Report:
         from llmopt.measure import views
 
         return views.text(self)
+
+
+def write_record(record: dict[str, Any], path: str | Path | None) -> str:
+    """A record as JSON; also written to ``path`` if given."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=True)
+    if path is not None:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def read_record(kind: Any, source: str | Path, *, name: str, version: int) -> Any:
+    """A dataclass back from a path or from JSON text.
+
+    Raises:
+        InputError: not JSON, of another schema version, or another kind of record.
+    """
+    text = Path(source).read_text(encoding="utf-8") if not str(source).lstrip().startswith("{") else str(source)
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name}: not JSON: {error}") from None
+    found = data.get("schema_version") if isinstance(data, dict) else None
+    if found != version:
+        raise InputError.argument(f"{name} schema_version", expected=str(version), got=found)
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [field for field in needed if field not in data]:
+        raise InputError(f"{name}: expected a record with {', '.join(needed)}, missing: {', '.join(missing)}")
+    return _build(kind, data)
 
 
 def _build(kind: Any, value: Any) -> Any:

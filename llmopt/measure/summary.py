@@ -1,14 +1,14 @@
-"""What a receipt says, as formatted cells and lines. The terminal, the Markdown and the comparison lay these out."""
+"""What a receipt says, as formatted cells and lines. The terminal, the Markdown and the picture lay these out."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmopt.measure import format as fmt
+from llmopt.measure.comparison import Comparison
 from llmopt.measure.report import Gain, Interval, Memory, PassRow, Quality, Report, Timing
 
 
@@ -66,7 +66,7 @@ def title(report: Report) -> str:
     return " · ".join(parts)
 
 
-def machine(report: Report) -> str:
+def machine(report: Report | Comparison) -> str:
     """``Intel Xeon Processor · 2 of 8 threads · avx512 · 25.3 GB``: the machine in one line."""
     env = report.environment
     cpu: dict[str, Any] = env.get("cpu") or {}
@@ -86,7 +86,7 @@ def machine(report: Report) -> str:
     return " · ".join(parts)
 
 
-def software(report: Report) -> str:
+def software(report: Report | Comparison) -> str:
     """``torch 2.13.0 · transformers 5.23.0 · llmopt 0.1.0 (1a2b3c4, modified) · 2026-01-31``"""
     versions: dict[str, Any] = report.environment.get("versions") or {}
     parts = [f"{name} {versions[name]}" for name in ("torch", "transformers", "llmopt") if versions.get(name)]
@@ -234,22 +234,30 @@ def _cost_row(
     apply_s: str = fmt.NONE,
     repaid: str = fmt.NONE,
 ) -> CostRow:
-    mean_kl, top1, perplexity = fmt.NONE, fmt.NONE, fmt.NONE
-    if quality is not None and verdict == "baseline":
-        perplexity = fmt.number(quality.perplexity)
-    elif quality is not None:
-        mean_kl, top1 = fmt.number(quality.mean_kl), fmt.percent(quality.top1_agreement, 2)
-        perplexity = f"{quality.perplexity_ratio:.4f}x"
+    mean_kl, top1, perplexity = quality_cells(quality, is_reference=verdict == "baseline")
     weights = fmt.size(memory.weights) if memory else fmt.NONE
     peak = fmt.size(memory.peak_rss) if memory else fmt.NONE
     return CostRow(name, verdict, weights, peak, mean_kl, top1, perplexity, apply_s, repaid)
 
 
+def quality_cells(quality: Quality | None, *, is_reference: bool) -> tuple[str, str, str]:
+    """KL, top-1 and perplexity: the latter as it is for what others are held against, as a ratio for those."""
+    if quality is None:
+        return fmt.NONE, fmt.NONE, fmt.NONE
+    if is_reference:
+        return fmt.NONE, fmt.NONE, fmt.number(quality.perplexity)
+    ratio = f"{quality.perplexity_ratio:.4f}x"
+    return fmt.number(quality.mean_kl), fmt.percent(quality.top1_agreement, 2), ratio
+
+
 def time_caption(report: Report) -> str:
     """How the times were taken."""
     timing = report.baseline or next((row.timing for row in report.passes if row.timing), None)
-    if timing is None:
-        return ""
+    return timing_caption(timing) if timing is not None else ""
+
+
+def timing_caption(timing: Timing) -> str:
+    """How times like this one were taken."""
     return (
         f"prompt {timing.prompt_tokens} tokens, {timing.decode_tokens} decoded, batch {timing.batch}; "
         f"median [95% interval] of {timing.decode_ms.rounds} interleaved rounds"
@@ -264,7 +272,7 @@ def memory_caption(report: Report) -> str:
     return f"peak RSS: {'; '.join(texts)}" if texts else ""
 
 
-def ceilings_line(report: Report) -> str:
+def ceilings_line(report: Report | Comparison) -> str:
     """``read 17.4 GB/s [..], int8 0.62 TOP/s [..] on 2 threads``"""
     ceilings = report.ceilings
     if ceilings is None:
@@ -276,6 +284,19 @@ def ceilings_line(report: Report) -> str:
     )
     parts = [f"{name} {fmt.interval(value)} {unit}" for name, value, unit in named if value is not None]
     return f"{', '.join(parts)}; {ceilings.threads} threads" if parts else ""
+
+
+def quality_lines(quality: Quality | None) -> list[str]:
+    """From which layer on the outputs differ, by how much at most, and where they hold NaN or Inf."""
+    lines = []
+    if quality is not None and quality.first_divergent_layer:
+        lines.append(
+            f"differs from layer {quality.first_divergent_layer} on; largest KL {fmt.number(quality.max_kl)}"
+            f", largest logit difference {fmt.number(quality.max_abs_logit_diff)}"
+        )
+    if quality is not None and quality.non_finite:
+        lines.append(f"NaN or Inf in {', '.join(quality.non_finite)}")
+    return lines
 
 
 def pass_lines(row: PassRow) -> list[str]:
@@ -293,14 +314,7 @@ def pass_lines(row: PassRow) -> list[str]:
     if coverage.get("implementations"):
         lines.append("runs " + ", ".join(f"{kind}: {name}" for kind, name in coverage["implementations"].items()))
     lines += [f"skipped {text}" for text in _skips(coverage.get("skipped") or {})]
-    if row.quality is not None and row.quality.first_divergent_layer:
-        lines.append(
-            f"differs from layer {row.quality.first_divergent_layer} on; largest KL {fmt.number(row.quality.max_kl)}"
-            f", largest logit difference {fmt.number(row.quality.max_abs_logit_diff)}"
-        )
-    if row.quality is not None and row.quality.non_finite:
-        lines.append(f"NaN or Inf in {', '.join(row.quality.non_finite)}")
-    return lines
+    return [*lines, *quality_lines(row.quality)]
 
 
 def _skips(skipped: dict[str, str]) -> list[str]:
@@ -313,49 +327,3 @@ def _skips(skipped: dict[str, str]) -> list[str]:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"{', '.join(names[:3])}{more}: {reason}")
     return lines
-
-
-def compare_rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
-    """One row a report: name, tok/s, decode gain over its own eager, TTFT, weights, KL, top-1, as handed back."""
-    rows: list[tuple[str, ...]] = []
-    for name, report in zip(_names(reports), reports, strict=True):
-        row, quality, memory = final_row(report), final_quality(report), final_memory(report) or report.baseline_memory
-        timing = row.timing if row is not None else report.baseline
-        rows.append(
-            (
-                name,
-                fmt.number(timing.decode_tok_per_s) if timing else fmt.NONE,
-                fmt.ratio(row.total.decode) if row is not None and row.total else fmt.NONE,
-                fmt.interval(timing.prefill_ms) if timing else fmt.NONE,
-                fmt.size(memory.weights) if memory else fmt.NONE,
-                fmt.number(quality.mean_kl) if quality else fmt.NONE,
-                fmt.percent(quality.top1_agreement, 2) if quality else fmt.NONE,
-            )
-        )
-    return rows
-
-
-def _names(reports: Sequence[Report]) -> list[str]:
-    """Names of the models, numbered where two have the same."""
-    names = [model_name(report) for report in reports]
-    return [f"{name} #{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def compare_remarks(reports: Sequence[Report]) -> list[str]:
-    """Passes that stayed in each, and what keeps the rows from being comparable."""
-    lines = []
-    for name, report in zip(_names(reports), reports, strict=True):
-        kept = ", ".join(row.name for row in report.kept()) or "none"
-        lines.append(f"{name}: kept {kept}")
-        lines += [f"{name}: {note}" for note in report.notes]
-    conditions: dict[str, set[Any]] = {
-        "machines": {machine(report) for report in reports},
-        "library versions": {str(report.environment.get("versions")) for report in reports},
-        "prompt, decode length or batch": {
-            (t.prompt_tokens, t.decode_tokens, t.batch) for report in reports if (t := report.baseline) is not None
-        },
-    }
-    if len({report.environment.get("date") for report in reports}) > 1:
-        lines.append("measured at different times, not in the same rounds: small differences mean nothing")
-    different = [name for name, values in conditions.items() if len(values) > 1]
-    return [*lines, f"not comparable: different {' and '.join(different)}"] if different else lines

@@ -16,6 +16,9 @@ import torch
 from llmopt.measure import stats
 from llmopt.measure.report import Gain, Interval, Timing
 
+# a request as users send them: verdicts weigh prefill and decode by it
+REQUEST_TOKENS = 128
+
 
 class _Clock:
     """A streamer that only looks at the clock: ``generate`` calls ``put`` with the prompt, then with every token."""

@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from llmopt.measure.report import Ceilings, Timing
 from llmopt.models.base import ResolvedModel
 
 
 def weight_bytes_per_token(resolved: ResolvedModel) -> int:
     """Bytes of weights one token reads, as the model stands now: experts by the share chosen, embeddings one row."""
     config: Any = resolved.model.config
-    top_k = int(getattr(config, "num_experts_per_tok", 0) or 0)
+    moe = resolved.family.moe
+    chosen = config.num_experts_per_tok / getattr(config, moe.num_experts_key) if moe is not None else 1.0
     parent, attr = resolved.parent_of_embedding()
     embedding: nn.Module = getattr(parent, attr)
     head: nn.Module = getattr(resolved.head.parent, resolved.head.attr)
@@ -28,7 +30,7 @@ def weight_bytes_per_token(resolved: ResolvedModel) -> int:
             continue
         seen.add(pointer)
         size = tensor.numel() * tensor.element_size()
-        total += size * top_k / tensor.shape[0] if pointer in inside_experts else size
+        total += size * chosen if pointer in inside_experts else size
     return int(total)
 
 
@@ -48,3 +50,15 @@ def kv_bytes(resolved: ResolvedModel, depth: int) -> int:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         values = 2 * config.num_key_value_heads * head_dim
     return int(len(resolved.layers) * values * size * depth)
+
+
+def decode_bytes(resolved: ResolvedModel, prompt_tokens: int, decode_tokens: int) -> int:
+    """Bytes a decode step reads, half-way through the tokens decoded after a prompt."""
+    return weight_bytes_per_token(resolved) + kv_bytes(resolved, prompt_tokens + decode_tokens // 2)
+
+
+def bandwidth_fraction(num_bytes: int, timing: Timing | None, ceilings: Ceilings | None) -> float | None:
+    """Share of the measured read bandwidth at which decode reads ``num_bytes`` a token; None without both times."""
+    if timing is None or ceilings is None or ceilings.read_gb_per_s is None:
+        return None
+    return num_bytes / (timing.decode_ms.value * 1e-3) / (ceilings.read_gb_per_s.value * 1e9)

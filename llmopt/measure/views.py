@@ -1,4 +1,4 @@
-"""The receipt for people: a terminal table, plain text, Markdown, and several receipts side by side.
+"""The receipt for people: a terminal table, plain text, Markdown, and several models or receipts side by side.
 
 Everything fits 100 columns. Ratios are time before / time after: above 1 is faster; ``≈`` marks an interval that
 contains 1.
@@ -11,8 +11,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from llmopt.measure import compared, summary
 from llmopt.measure import format as fmt
-from llmopt.measure import summary
+from llmopt.measure.compared import ComparedRow
+from llmopt.measure.comparison import Comparison
 from llmopt.measure.report import Report
 from llmopt.measure.summary import CostRow, TimeRow
 
@@ -24,6 +26,8 @@ _WIDTH = 100
 _STYLES = {"kept": "green", "undone": "yellow", "not applicable": "dim", "baseline": "dim", "NaN or Inf": "bold red"}
 _COST_HEADINGS = ("weights", "peak RSS", "KL nats/tok", "top-1", "perplexity", "apply s", "repaid tok")
 _COMPARE_HEADINGS = ("model", "tok/s", "x eager", "TTFT ms", "weights", "KL nats/tok", "top-1")
+_TIME_HEADINGS = ("TTFT ms", "TPOT ms", "tok/s", "of read BW")
+_QUALITY_HEADINGS = ("whole request", "weights", "KL nats/tok", "top-1", "perplexity")
 _WORDS = ("model", "stage", "verdict")  # columns of words, aligned left
 _RATIO_NOTE = "x: time before / time after, above 1 is faster; ≈: the interval contains 1, no difference found"
 
@@ -127,7 +131,7 @@ def _add_row(table: Table, *cells: str, style: str = "", name_style: str = "") -
 
 
 def _time_table(rows: Sequence[TimeRow]) -> Table:
-    table = _table("stage", "TTFT ms", "TPOT ms", "tok/s", "of read BW")
+    table = _table("stage", *_TIME_HEADINGS)
     for row in rows:
         name = row.name if row.verdict in ("baseline", "kept") else f"{row.name} ({row.verdict})"
         _add_row(table, name, row.ttft, row.tpot, row.tok_per_s, row.bandwidth, name_style=_STYLES[row.verdict])
@@ -217,10 +221,10 @@ def print_compare(reports: Sequence[Report], console: Console | None = None) -> 
     """Print several receipts side by side: one row a model, as it was handed back."""
     console = console or _console(None)
     table = _table(*_COMPARE_HEADINGS)
-    for row in summary.compare_rows(reports):
+    for row in compared.receipt_rows(reports):
         _add_row(table, *row, name_style="bold")
     console.print(table)
-    for line in summary.compare_remarks(reports):
+    for line in compared.receipt_remarks(reports):
         _say(console, line, hang=4)
 
 
@@ -233,5 +237,65 @@ def text_compare(reports: Sequence[Report]) -> str:
 
 def markdown_compare(reports: Sequence[Report]) -> str:
     """The comparison as GitHub-flavoured Markdown."""
-    lines = "\n".join(f"- {_escape(line)}" for line in summary.compare_remarks(reports))
-    return f"{_markdown_table(_COMPARE_HEADINGS, summary.compare_rows(reports))}\n\n{lines}\n"
+    lines = "\n".join(f"- {_escape(line)}" for line in compared.receipt_remarks(reports))
+    return f"{_markdown_table(_COMPARE_HEADINGS, compared.receipt_rows(reports))}\n\n{lines}\n"
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print a comparison: times, what they mean for a request and for quality, and what each model is."""
+    console = console or _console(None)
+    _say(console, compared.title(comparison), style="bold", indent=0)
+    _say(console, summary.machine(comparison), style="dim")
+    _say(console, summary.software(comparison), style="dim")
+    rows = compared.rows(comparison)
+    times, others = _table("model", *_TIME_HEADINGS), _table("model", *_QUALITY_HEADINGS)
+    for row in rows:
+        _add_row(times, row.name, row.ttft, row.tpot, row.tok_per_s, row.bandwidth, name_style="bold")
+        if row is not rows[0]:
+            _add_row(times, f"  x {rows[0].name}", row.ttft_first, row.tpot_first, "", "")
+        _add_row(others, row.name, *_quality_cells(row), name_style="bold")
+    about_times, about_others = compared.captions(comparison)
+    for table, lines in ((times, (about_times, _RATIO_NOTE)), (others, (about_others,))):
+        console.print()
+        console.print(table)
+        for line in lines:
+            _say(console, line, style="dim")
+    for line, details in compared.model_lines(comparison):
+        console.print()
+        _say(console, line, hang=4)
+        for detail in details:
+            _say(console, detail, indent=4, hang=6)
+    console.print()
+    for line in compared.remarks(comparison):
+        _say(console, line, hang=4)
+
+
+def _quality_cells(row: ComparedRow) -> tuple[str, ...]:
+    return row.request, row.weights, row.mean_kl, row.top1, row.perplexity
+
+
+def text_comparison(comparison: Comparison) -> str:
+    """A comparison as plain text, 100 columns."""
+    buffer = io.StringIO()
+    print_comparison(comparison, _console(buffer))
+    return _strip(buffer.getvalue())
+
+
+def markdown_comparison(comparison: Comparison) -> str:
+    """A comparison as GitHub-flavoured Markdown."""
+    rows = compared.rows(comparison)
+    ratio = f"x {rows[0].name}"
+    headings = ("model", "TTFT ms", ratio, "TPOT ms", ratio, *_TIME_HEADINGS[2:], *_QUALITY_HEADINGS)
+    cells = [
+        (r.name, r.ttft, r.ttft_first, r.tpot, r.tpot_first, r.tok_per_s, r.bandwidth, *_quality_cells(r)) for r in rows
+    ]
+    head = [line for line in (summary.machine(comparison), summary.software(comparison)) if line]
+    parts = [f"## {_escape(compared.title(comparison))}", "  \n".join(_escape(line) for line in head)]
+    parts += [_markdown_table(headings, cells), *(f"{_escape(c)}." for c in compared.captions(comparison))]
+    parts.append(f"{_RATIO_NOTE}.")
+    lines = []
+    for line, details in compared.model_lines(comparison):
+        lines.append(f"- {_escape(line)}")
+        lines += [f"  - {_escape(detail)}" for detail in details]
+    lines += [f"- {_escape(line)}" for line in compared.remarks(comparison)]
+    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"

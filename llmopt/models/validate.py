@@ -22,6 +22,21 @@ def validate_model(model: object) -> ResolvedModel:
 
     Raises:
         UnsupportedModelError: not a transformers causal LM, or not of a supported family.
+        ModelStateError: as :func:`check_runnable`; or optimized or quantized already.
+    """
+    resolved = resolve_model(check_runnable(model))
+    _check_linears(resolved)
+    return resolved
+
+
+def check_runnable(model: object) -> Any:
+    """Check that ``model`` can be run as it is, optimized or not. Reads no weight and changes nothing.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: not a transformers causal LM, or not of a supported family.
         ModelStateError: LoRA-wrapped, quantized by another method, in training mode, on the meta device, spread over
             several devices or shards, or of a dtype other than float32, bfloat16 or float16.
     """
@@ -32,9 +47,7 @@ def validate_model(model: object) -> ResolvedModel:
     _check_eval(checked)
     _check_placement(checked)
     _check_dtypes(checked)
-    resolved = resolve_model(checked)
-    _check_linears(resolved)
-    return resolved
+    return checked
 
 
 def _check_not_lora(model: object) -> None:

@@ -13,10 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import llmopt
 from llmopt.checkpoint import load, recorded_passes, recorded_report, save
+from llmopt.checkpoint.quant_config import FORMATS
 from llmopt.errors import InputError, ModelStateError
 from llmopt.measure.report import PassRow, Report
 from llmopt.models import resolve_model
+from llmopt.passes import QuantizeGptq
 from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes.quantize_gptq.rounding import Grid
 
@@ -71,6 +74,47 @@ def test_settings(tmp_path: Path, group_size: int, sym: bool, checkpoint_format:
         "checkpoint_format": checkpoint_format,
     }  # fmt: skip
     assert torch.equal(logits(load(directory)), expected)
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+def test_v2_keeps_every_packed_byte(tmp_path: Path, group_size: int, sym: bool) -> None:
+    """Zero points of 0 too, which v1 writes mirrored: other bytes, the same weights."""
+    model = tiny("qwen3_moe")
+    model.model.layers[0].mlp.up_proj.weight.data.abs_()
+    quantize(model, group_size=group_size, sym=sym)
+    expected = logits(model)
+    loaded = {name: load(llmopt.save(model, tmp_path / name, checkpoint_format=name)) for name in FORMATS}
+    assert_same_state(model, loaded["gptq_v2"])
+    for name, other in loaded.items():
+        assert torch.equal(logits(other), expected)
+        stated = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert (stated["checkpoint_format"], stated["format"], stated["sym"]) == (name, name, sym)
+    own, mirrored = (m.model.layers[0].mlp.up_proj for m in (model, loaded["gptq"]))
+    assert torch.equal(mirrored.dequantize(), own.dequantize())
+    assert torch.equal(mirrored.packed, own.packed) is sym
+    stored = load_file(tmp_path / "gptq_v2" / "model.safetensors")["model.layers.0.mlp.up_proj.qzeros"]
+    assert (stored == (torch.tensor(0x88888888 - 2**32, dtype=torch.int32) if sym else 0)).all()
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+def test_an_optimized_model_as_v2(tmp_path: Path, sym: bool) -> None:
+    model = tiny("ernie4_5_moe")
+    rows = torch.randint(0, 512, (4, 64), generator=torch.Generator().manual_seed(0))
+    llmopt.optimize(model, [QuantizeGptq(group_size=32, sym=sym)], calibration=rows, measure=False)
+    directory = llmopt.save(model, tmp_path / "out", checkpoint_format="gptq_v2")
+    assert json.loads((directory / "config.json").read_text())["quantization_config"]["format"] == "gptq_v2"
+    loaded = llmopt.load(directory)
+    assert_same_state(model, loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("name", ["gptq_v3", "v2", "marlin", None, 2])
+def test_a_format_that_cannot_be_written(tmp_path: Path, name: Any) -> None:
+    for write in (save, llmopt.save):
+        with pytest.raises(InputError, match=r"^checkpoint_format: expected 'gptq' or 'gptq_v2', got "):
+            write(tiny("qwen3"), tmp_path / "out", checkpoint_format=name)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

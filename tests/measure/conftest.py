@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from llmopt.measure.comparison import Comparison, ComparisonRow
 from llmopt.measure.report import (
     Ceilings,
     Gain,
@@ -112,3 +115,34 @@ def unmeasured_report(full_report: Report) -> Report:
 def empty_report() -> Report:
     """Nothing known at all."""
     return Report({}, {}, {})
+
+
+def _compared(name: str, weights: str, timed: Timing, num_bytes: int, **fields: Any) -> ComparisonRow:
+    model = {
+        "name": f"/models/{name}", "model_type": "qwen3", "layers": 28, "hidden_size": 1024, "vocab_size": 151_936,
+        "dtype": "bfloat16", "weights": weights, "attention": "sdpa", "experts": None, "passes": [],
+        "random_weights": False,
+    }  # fmt: skip
+    return ComparisonRow(name, model, timed, Memory(num_bytes), **fields)
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    """Three models: the reference, one with all figures, one whose quality could not be measured."""
+    first = _compared("bf16", "bfloat16", timing(812, 62.1), 1_192_099_840, bandwidth_fraction=0.91)
+    first.quality = Quality(4096, 0.0, 0.0, 1.0, 14.4, 1.0, 0.0, None)
+    int4 = _compared(
+        "int4", "int4 g128, int8 g128, bfloat16", timing(240, 15.4), 335_000_000, gain=gain(3.38, 4.02),
+        request=interval(3.97), quality=quality(0.0123), bandwidth_fraction=0.83,
+    )  # fmt: skip
+    int4.model["passes"] = ["quantize_gptq"]
+    other = _compared("other", "float32", timing(810, 62.0), 2_000_000_000, gain=gain(1.002, 1.001))
+    other.request, other.notes = interval(1.001), ["quality was not measured: its tokenizer reads text differently"]
+    return Comparison(
+        rows=[first, int4, other],
+        environment=ENVIRONMENT,
+        settings={"prompt": "held-out text", "request_tokens": 128, "seed": 0},
+        ceilings=Ceilings(interval(17.4), interval(0.62), None, 2),
+        notes=["the machine was busy"],
+        measured_s=41.0,
+    )

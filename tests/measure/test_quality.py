@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from llmopt.measure import quality
-from llmopt.models import resolve_model
+from llmopt.models import family_for, resolve_model
+from llmopt.models.shapes import build
 from llmopt.passes import QuantizeGptq
 from llmopt.passes.base import Patch, Swap
 
@@ -86,6 +87,43 @@ def test_rounding_of_the_dtype_is_no_difference(tiny: Any, token_rows: Any) -> N
         reference = quality.reference(resolved, token_rows(3, 30))
         patched(model, 0, lambda out: out * 1.001)
         assert (quality.compare(resolved, reference).first_divergent_layer == "model.layers.0") == seen
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["f32_first", "bf16_first"])
+def test_of_two_dtypes_the_coarser_one_counts(base: torch.dtype, tiny: Any, token_rows: Any) -> None:
+    other = torch.bfloat16 if base == torch.float32 else torch.float32
+    reference = quality.reference(resolve_model(tiny("llama", base)), token_rows(3, 30))
+    model = tiny("llama", other)
+    found = quality.compare(resolve_model(model), reference)
+    assert found.mean_kl > 0
+    assert found.first_divergent_layer is None
+    patched(model, 1, lambda out: out * 1.2)
+    assert quality.compare(resolve_model(model), reference).first_divergent_layer == "model.layers.1"
+
+
+def resized(**changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("llama", **{**family_for("llama").tiny_config, **changes})
+    return build(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"hidden_size": 64}], ids=["deeper", "flat", "thin"]
+)
+def test_models_of_other_sizes_are_compared_on_logits_alone(
+    changes: dict[str, Any], model: Any, token_rows: Any
+) -> None:
+    other, ids = resized(**changes), token_rows(3, 30)
+    found = quality.compare(resolve_model(other), quality.reference(resolve_model(model), ids))
+    with torch.no_grad():
+        base, now = (m(input_ids=ids).logits.double().log_softmax(-1) for m in (model, other))
+    assert found.mean_kl == pytest.approx(float((base.exp() * (base - now)).sum(-1).mean()), rel=1e-3)
+    assert found.first_divergent_layer is None
+    assert found.non_finite == []
+    patched(other, 0, lambda out: out * torch.nan)
+    found = quality.compare(resolve_model(other), quality.reference(resolve_model(model), ids))
+    assert found.non_finite[0] == "model.layers.0"
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])

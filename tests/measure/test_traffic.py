@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from llmopt.checkpoint.experts import ExpertLinears
 from llmopt.measure import traffic
+from llmopt.measure.report import Ceilings, Interval, Timing
 from llmopt.models import FAMILIES, resolve_model
 from llmopt.passes import QuantizeGptq
 from llmopt.passes.base import PassContext
+from llmopt.passes.quantize_gptq.linear import QuantLinear
 
 FAMILY_NAMES = [f.model_type for f in FAMILIES]
 MOE_NAMES = [f.model_type for f in FAMILIES if f.moe]
@@ -79,3 +82,43 @@ def test_the_cache_grows_with_depth_and_holds_what_the_family_caches(tiny: Any) 
 def test_half_precision_halves_the_cache(tiny: Any) -> None:
     full, half = (resolve_model(tiny("qwen3", d)) for d in (torch.float32, torch.bfloat16))
     assert traffic.kv_bytes(full, 64) == 2 * traffic.kv_bytes(half, 64)
+
+
+def test_experts_run_one_by_one_count_by_the_share_chosen(tiny: Any, token_rows: Any) -> None:
+    model = tiny("qwen3_moe")
+    resolved = resolve_model(model)
+    context = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 24)))
+    QuantizeGptq(group_size=64).apply(context).patch.enable()
+    fused = traffic.weight_bytes_per_token(resolved)
+    assert any(layer.experts is not None for layer in resolved.layers)
+    for layer in resolved.layers:
+        if layer.experts is None:
+            continue
+        module = getattr(layer.experts.parent, layer.experts.attr)
+        parts = [part for e in range(8) for part in one_by_one(module, e)]
+        setattr(layer.experts.parent, layer.experts.attr, ExpertLinears(parts[0::3], parts[1::3], parts[2::3]))
+    assert traffic.weight_bytes_per_token(resolved) == pytest.approx(fused, rel=0.01)
+
+
+def one_by_one(module: Any, expert: int) -> list[QuantLinear]:
+    """Gate, up and down of one expert of a fused module."""
+    gate_up, down = (tuple(t[expert] for t in module.codes(part) if t is not None) for part in ("gate_up", "down"))
+    inner = module.intermediate_dim
+    wide = [[t[:inner] for t in gate_up], [t[inner:] for t in gate_up]]
+    return [QuantLinear.from_codes(q, s, None, None, bits=4, group_size=64) for q, s in (*wide, down)]
+
+
+def test_share_of_the_bandwidth() -> None:
+    decode = Interval(10.0, 9.0, 11.0, 5)
+    timing = Timing(decode, decode, 128, 16)
+    ceilings = Ceilings(read_gb_per_s=Interval(20.0, 19.0, 21.0, 5))
+    assert traffic.bandwidth_fraction(100_000_000, timing, ceilings) == pytest.approx(0.5)
+    assert traffic.bandwidth_fraction(100_000_000, None, ceilings) is None
+    assert traffic.bandwidth_fraction(100_000_000, timing, None) is None
+    assert traffic.bandwidth_fraction(100_000_000, timing, Ceilings()) is None
+
+
+def test_a_decode_step_reads_weights_and_half_of_what_it_adds_to_the_cache(tiny: Any) -> None:
+    resolved = resolve_model(tiny("qwen3"))
+    cache = traffic.decode_bytes(resolved, 100, 20) - traffic.weight_bytes_per_token(resolved)
+    assert cache == traffic.kv_bytes(resolved, 110)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import llmopt
 from llmopt.errors import InputError, LlmoptError, ModelStateError, UnsupportedModelError
 from llmopt.models import FAMILIES, family_for, validate
 from llmopt.models.shapes import meta_model, tiny_model
-from llmopt.models.validate import validate_model
+from llmopt.models.validate import check_runnable, validate_model
 
 
 def config_of(model_type: str) -> Any:
@@ -176,6 +177,24 @@ def test_a_state_that_cannot_be_optimized_is_refused(spoil: Callable[[Any], Any]
     validate_model(model)
     with pytest.raises(ModelStateError, match=message):
         validate_model(spoil(model))
+
+
+def quantized(model: Any) -> Any:
+    llmopt.optimize(model, ["quantize_gptq"], measure=False)
+    return model
+
+
+def test_an_optimized_model_can_be_run_but_not_optimized() -> None:
+    model = quantized(tiny_model("ernie4_5_moe"))
+    assert check_runnable(model) is model
+    with pytest.raises(ModelStateError, match="optimized or quantized already"):
+        validate_model(model)
+
+
+@pytest.mark.parametrize(("spoil", "message"), STATES[:-1], ids=[spoil.__name__ for spoil, _ in STATES[:-1]])
+def test_a_state_that_cannot_be_run_is_refused(spoil: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(ModelStateError, match=message):
+        check_runnable(spoil(tiny_model("qwen3")))
 
 
 def test_a_whole_model_on_meta_is_refused() -> None:
