@@ -204,11 +204,13 @@ class _Run:
         )  # fmt: skip
         if self.measure:
             self.emit(Event("stage", "baseline", "recording the eager baseline"))
+            began = time.perf_counter()
             ids = choose_rows(self.held_out, self.resolved.vocab_size)
             self.stages.show((), EAGER)
             self.quality_ref = reference(self.resolved, ids)
             self.last_quality = compare_quality(self.resolved, self.quality_ref)
             receipt.baseline_quality = None if self.random else self.last_quality
+            receipt.measured_s += time.perf_counter() - began
         self.stages.show(self._patches())
         for item in self.passes:
             self.rows.append(self._one_pass(item, ctx, receipt))
@@ -271,7 +273,9 @@ class _Run:
         assert self.quality_ref is not None
         assert self.last_quality is not None
         self.emit(Event("stage", row.name, "verifying against the baseline's logits"))
+        began = time.perf_counter()
         quality = compare_quality(self.resolved, self.quality_ref)
+        receipt.measured_s += time.perf_counter() - began
         row.quality = None if self.random else quality
         row.memory = receipt.memory()
         row.reason = self._outputs_wrong(quality, applied)

@@ -17,6 +17,8 @@ from llmopt.passes.base import Applied, Event, Pass, Patch
 from llmopt.stages import EAGER, STOCK, Stages
 
 _PAIR_BUDGET_S, _LADDER_BUDGET_S = 12.0, 36.0
+# fewest of the table: five pairs give an interval, and a large model's eager baseline takes seconds a round
+_LADDER_ROUNDS = 5
 
 
 class Receipt:
@@ -51,6 +53,7 @@ class Receipt:
             {"before": self.stages.stage(tuple(before)), "after": self.stages.stage(tuple(after))},
             prompt(plan.prompt_tokens), plan,
             on_round=lambda done, most: self.emit(Event("progress", name, "timing against the stage before", done, most)),
+            enough=lambda s: timing.is_plain(s["before"], s["after"], self.request_tokens),
         )  # fmt: skip
         self.measured_s += time.perf_counter() - started
         return samples["before"], samples["after"]
@@ -76,7 +79,10 @@ class Receipt:
         if full:
             for i, (item, _) in enumerate(kept):
                 ladder[f"without {item.name}"] = self.stages.stage((*patches[:i], *patches[i + 1 :]))
-        plan = timing.Plan(decode_tokens=self.plan.decode_tokens, budget_s=_LADDER_BUDGET_S * (2 if full else 1))
+        plan = timing.Plan(
+            decode_tokens=self.plan.decode_tokens, min_rounds=_LADDER_ROUNDS,
+            budget_s=_LADDER_BUDGET_S * (2 if full else 1),
+        )  # fmt: skip
         meter = ceilings.usable_meter()
         samples = timing.interleaved(
             ladder, prompt(plan.prompt_tokens), plan, every_round=meter.measure_round if meter else None,

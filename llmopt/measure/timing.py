@@ -18,6 +18,7 @@ from llmopt.measure.report import Gain, Interval, Timing
 
 # a request as users send them: verdicts weigh prefill and decode by it
 REQUEST_TOKENS = 128
+_PLAIN_ROUNDS, _PLAIN_RATIO = 4, 1.25
 
 
 class _Clock:
@@ -55,6 +56,15 @@ def gain(old: Samples, new: Samples) -> Gain:
 def request_ratio(old: Samples, new: Samples, tokens: int) -> Interval:
     """Ratio of whole requests, old / new."""
     return stats.ratio(old.request_ms(tokens), new.request_ms(tokens))
+
+
+def is_plain(old: Samples, new: Samples, tokens: int) -> bool:
+    """True when every round so far, and four at least, says the same: one stage is faster than the other by a quarter.
+
+    Far beyond what noise does to a pair within one round, so that looking early does not bias the verdict.
+    """
+    ratios = [a / b for a, b in zip(old.request_ms(tokens), new.request_ms(tokens), strict=True)]
+    return len(ratios) >= _PLAIN_ROUNDS and (min(ratios) > _PLAIN_RATIO or max(ratios) < 1 / _PLAIN_RATIO)
 
 
 @torch.no_grad()
@@ -95,6 +105,7 @@ def interleaved(
     *,
     every_round: Callable[[], object] | None = None,
     on_round: Callable[[int, int], None] | None = None,
+    enough: Callable[[dict[str, Samples]], bool] | None = None,
 ) -> dict[str, Samples]:
     """Run rounds of all stages until the budget is spent.
 
@@ -104,6 +115,7 @@ def interleaved(
         plan: tokens, rounds and seconds.
         every_round: called once a round (ceilings).
         on_round: progress, ``(rounds done, most rounds)``.
+        enough: asked after every round; True ends the run, whatever the plan says.
 
     The first pass over all stages is warm-up and is thrown away.
     """
@@ -125,4 +137,6 @@ def interleaved(
             every_round()
         if on_round is not None:
             on_round(done + 1, plan.max_rounds)
+        if enough is not None and enough(samples):
+            break
     return samples

@@ -176,3 +176,28 @@ def test_a_real_model_is_timed_through_generate(family: str, tiny: Any, token_ro
     assert tpot > 0
     assert math.isfinite(ttft + tpot)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "plain"),
+    [
+        ([4.0] * 4, [1.0] * 4, True),
+        ([1.0] * 4, [4.0] * 4, True),
+        ([4.0] * 3, [1.0] * 3, False),
+        ([4.0, 4.0, 4.0, 1.2], [1.0] * 4, False),
+        ([1.05] * 20, [1.0] * 20, False),
+        ([4.0, 4.0, 1.0, 1.0], [1.0, 1.0, 4.0, 4.0], False),
+    ],
+    ids=["faster", "slower", "too few rounds", "one round says less", "a small difference", "rounds disagree"],
+)
+def test_only_agreement_far_beyond_noise_is_plain(old: list[float], new: list[float], plain: bool) -> None:
+    assert timing.is_plain(Samples(old, old), Samples(new, new), 128) is plain
+
+
+def test_enough_ends_a_run_before_its_fewest_rounds(clock: Clock) -> None:
+    models = {"a": Clocked("a", clock), "b": Clocked("b", clock, token_ms=1.0)}
+    samples = timing.interleaved(
+        {name: lambda m=m: m for name, m in models.items()}, PROMPT, Plan(decode_tokens=4, min_rounds=9),
+        enough=lambda s: len(s["b"].decode_ms) == 2,
+    )  # fmt: skip
+    assert [len(s.decode_ms) for s in samples.values()] == [2, 2]

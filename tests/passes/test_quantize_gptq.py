@@ -22,7 +22,7 @@ from llmopt.models.shapes import build
 from llmopt.ops.int4_linear import layout
 from llmopt.passes import quantize_gptq
 from llmopt.passes.base import Applied, PassContext
-from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate, experts, linear, solver
+from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate, experts, linear, sequential, solver
 from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
 from llmopt.passes.quantize_gptq.solver import Solution, solve
@@ -55,6 +55,38 @@ def rtn(w: torch.Tensor, grid: Grid, group: int, *, search: bool = False) -> Sol
 def loss_of(solution: Solution, w: torch.Tensor, h: torch.Tensor, group: int) -> torch.Tensor:
     d = w.double() - solution.dequantized(group).double()
     return ((d @ h.double()) * d).sum((1, 2))
+
+
+# ---- the two paths
+
+
+def test_stand_ins_give_the_originals_back_for_a_while_and_in_the_end() -> None:
+    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    first, second = block
+    other, another = nn.Identity(), nn.Identity()
+    stand_ins = sequential.StandIns()
+
+    def work() -> None:
+        with stand_ins:
+            stand_ins.swap(block, "0", other)
+            stand_ins.swap(block, "0", another)
+            with stand_ins.originals():
+                assert block[0] is first
+            assert block[0] is another
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert list(block) == [first, second]
+
+
+def test_drift_is_shrunk_where_tokens_are_few() -> None:
+    def drift(tokens: int) -> float:
+        moments = sequential.Moments(50)
+        moments.add(torch.ones(tokens, 50), 2 * torch.ones(tokens, 50))
+        return float(moments.drift()[0, 0])
+
+    assert [drift(n) for n in (0, 50, 4950)] == pytest.approx([0.0, 0.5, 0.99])
 
 
 # ---- solver
@@ -125,6 +157,27 @@ def test_without_correlation_gptq_is_rounding_with_searched_scales() -> None:
     expected = rtn(w, SYM, 64, search=True)
     assert torch.equal(solution.scales, expected.scales)
     assert torch.equal(solution.q, expected.q)
+
+
+@both_grids
+@pytest.mark.parametrize("batch", [1, 3])
+def test_drift_moves_the_output_towards_that_of_the_exact_inputs(batch: int, grid: Grid) -> None:
+    g = torch.Generator().manual_seed(7)
+    w, _ = problem(batch, 24, 128, seed=7)
+    exact = torch.randn(batch, 4000, 128, generator=g)
+    # the path before has mixed the channels a little
+    x = exact @ (torch.eye(128) + 0.02 * torch.randn(batch, 128, 128, generator=g))
+    h, drift = x.mT @ x / 4000, (exact - x).mT @ x / 4000
+
+    def error(solution: Solution) -> torch.Tensor:
+        return (x @ solution.dequantized(64).mT - exact @ w.mT).square().mean((1, 2))
+
+    plain = run(w, h, grid)
+    made_up_for = solve(w, h, drift, grid=grid, group_size=64, damp=0.01, name="layer")
+    assert (error(made_up_for) < 0.5 * error(plain)).all()
+    without = solve(w, h, torch.zeros_like(h), grid=grid, group_size=64, damp=0.01, name="layer")
+    assert torch.equal(without.q, plain.q)
+    assert torch.equal(without.scales, plain.scales)
 
 
 @both_grids
@@ -720,12 +773,12 @@ GROUP = 64
 _results: dict[str, dict[str, float]] = {}
 
 
-def round_only(weight: torch.Tensor, hessian: torch.Tensor, *, grid: Grid, group_size: int, **_: Any) -> Solution:
+def round_only(weight: torch.Tensor, *moments: Any, grid: Grid, group_size: int, **_: Any) -> Solution:
     return rtn(weight.float(), grid, group_size)
 
 
 def mean_kls(model_type: str, trained: Any, patch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Mean KL on held-out text: GPTQ, GPTQ with exact activations, round-to-nearest. Made once a model."""
+    """Mean KL on held-out text: GPTQ and round-to-nearest, as they run and with exact activations. Made once a model."""
     if model_type in _results:
         return _results[model_type]
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -734,7 +787,7 @@ def mean_kls(model_type: str, trained: Any, patch: pytest.MonkeyPatch) -> dict[s
     held_out = calibrate.rows((ASSETS / "heldout.txt").read_text(encoding="utf-8"), model, num_rows=24)
     reference = quality.reference(resolved, torch.stack(held_out))
     assert reference.ids.numel() == 24 * 256
-    rows = calibrate.rows(None, model, num_rows=32)
+    rows = calibrate.rows(None, model)
     found: dict[str, float] = {}
     for name, solver_used in (("gptq", solve), ("rtn", round_only)):
         patch.setattr(quantize_gptq, "solve", solver_used)
@@ -742,10 +795,9 @@ def mean_kls(model_type: str, trained: Any, patch: pytest.MonkeyPatch) -> dict[s
         applied = apply(model, rows, group_size=GROUP)
         applied.patch.enable()
         found[name] = quality.compare(resolved, reference).mean_kl
-        if name == "gptq":
-            with patch.context() as inner:
-                inner.setattr(linear, "uses_kernels", lambda x: False)
-                found["exact activations"] = quality.compare(resolved, reference).mean_kl
+        with patch.context() as inner:
+            inner.setattr(linear, "uses_kernels", lambda x: False)
+            found[f"{name}, exact activations"] = quality.compare(resolved, reference).mean_kl
         applied.patch.disable()
     _results[model_type] = found
     return found
@@ -755,13 +807,11 @@ def mean_kls(model_type: str, trained: Any, patch: pytest.MonkeyPatch) -> dict[s
 @pytest.mark.parametrize("model_type", TRAINED)
 def test_gptq_beats_rounding_on_held_out_text(model_type: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kl = mean_kls(model_type, trained, monkeypatch)
-    # the project's bar is 0.4 on all three; deepseek_v3 does not meet it yet (0.56) and is kept from getting worse
-    bar = {"deepseek_v3": 0.6}.get(model_type, 0.4)
-    assert 0 < kl["gptq"] <= bar * kl["rtn"], kl
+    assert 0 < kl["gptq, exact activations"] <= 0.4 * kl["rtn, exact activations"], kl
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TRAINED)
 def test_eight_bit_activations_cost_little(model_type: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kl = mean_kls(model_type, trained, monkeypatch)
-    assert kl["gptq"] <= 1.1 * kl["exact activations"], kl
+    assert kl["gptq"] - kl["gptq, exact activations"] <= 0.05 * kl["rtn"], kl

@@ -109,11 +109,13 @@ class _Quantizer:
     def run(self) -> Applied:
         started = time.perf_counter()
         inputs = sequential.capture_inputs(self.resolved, self.ctx.calibration)
+        exact = inputs.twin()
         for layer in self.resolved.layers:
             self.ctx.emit(Event("progress", QuantizeGptq.name, layer.name, layer.index, len(self.resolved.layers)))
-            with sequential.stand_ins() as swap:
-                self._layer(layer, inputs, swap)
-                inputs.advance(layer.module, layer.name)
+            with sequential.StandIns() as stand_ins:
+                paths = sequential.Paths(layer.module, inputs, exact, stand_ins)
+                self._layer(layer, paths)
+                paths.advance(layer.name)
         self._head(inputs)
         self._finish_coverage()
         tokens = sum(len(r) for r in self.ctx.calibration)
@@ -134,41 +136,39 @@ class _Quantizer:
                 return True
         return False
 
-    def _layer(self, layer: ResolvedLayer, inputs: sequential.BlockInputs, swap: Any) -> None:
+    def _layer(self, layer: ResolvedLayer, paths: sequential.Paths) -> None:
         attention = self.resolved.family.attention.module
         in_attention = [s for s in layer.stages if s[0].name.startswith(f"{layer.name}.{attention}.")]
         for stage in in_attention:
-            self._stage(layer, stage, inputs, swap)
+            self._stage(stage, paths)
         if layer.experts is not None and not self._skipped(layer.experts.name):
-            self._experts(layer, inputs, swap)
+            self._experts(layer, paths)
         for stage in layer.stages[len(in_attention) :]:
-            self._stage(layer, stage, inputs, swap)
+            self._stage(stage, paths)
         for site in layer.kept:
             self.coverage.skipped[site.name] = "stays in the model's dtype: small, and the whole cache hangs on it"
         if layer.router is not None:
             self.coverage.skipped[f"{layer.name}.{self.resolved.family.mlp_module} router"] = "routing stays exact"
 
-    def _stage(
-        self, layer: ResolvedLayer, stage: tuple[LinearSite, ...], inputs: sequential.BlockInputs, swap: Any
-    ) -> None:
+    def _stage(self, stage: tuple[LinearSite, ...], paths: sequential.Paths) -> None:
         sites = [s for s in stage if not self._skipped(s.name)]
         if not sites:
             return
-        hessian = sequential.stage_hessian(layer.module, inputs, sites[0]).mean()
+        moments = sequential.stage_moments(paths, sites[0])
         name = " + ".join(s.name for s in sites)
-        solution = self._solve(torch.cat([s.module.weight for s in sites]), hessian, name)
+        solution = self._solve(torch.cat([s.module.weight for s in sites]), moments, name)
         row = 0
         for site in sites:
             rows = slice(row, row + site.module.out_features)
             row = rows.stop
             self._replace(site, _rows(solution, rows), self.options.group_size, self.options.bits)
             dequantized = _rows(solution, rows).dequantized(self.options.group_size)[0]
-            swap(site.parent, site.attr, _float_stand_in(site.module, dequantized))
+            paths.stand_ins.swap(site.parent, site.attr, _float_stand_in(site.module, dequantized))
 
-    def _solve(self, weight: torch.Tensor, hessian: torch.Tensor, name: str) -> Solution:
+    def _solve(self, weight: torch.Tensor, moments: sequential.Moments, name: str) -> Solution:
         solution = solve(
-            weight[None], hessian[None], grid=self.grid, group_size=self.options.group_size,
-            damp=self.options.damp, name=name,
+            weight[None], moments.hessian()[None], moments.drift()[None], grid=self.grid,
+            group_size=self.options.group_size, damp=self.options.damp, name=name,
         )  # fmt: skip
         self.losses[name] = float(solution.loss.sum())
         self.damps[name] = solution.damp
@@ -197,10 +197,10 @@ class _Quantizer:
             self.quantized_bytes[0] += before
             self.quantized_bytes[1] += after
 
-    def _experts(self, layer: ResolvedLayer, inputs: sequential.BlockInputs, swap: Any) -> None:
+    def _experts(self, layer: ResolvedLayer, paths: sequential.Paths) -> None:
         site = layer.experts
         assert site is not None
-        seen = sequential.routed_tokens(layer.module, inputs, site.module, site.name)
+        seen = sequential.routed_tokens(paths, site.parent, site.attr, site.name)
         result = solve_experts(
             site, seen, grid=self.grid, group_size=self.options.group_size, damp=self.options.damp,
             min_tokens=self.options.min_expert_tokens, seed=self.ctx.seed + layer.index,
@@ -208,7 +208,7 @@ class _Quantizer:
         down_bytes = site.down.numel() * site.down.element_size()
         self._swap(site.parent, site.attr, result.module, site.gate_up, "int4 experts", extra=down_bytes)
         self._record_experts(site.name, result)
-        swap(site.parent, site.attr, _FloatExperts(result))
+        paths.stand_ins.swap(site.parent, site.attr, _FloatExperts(result))
 
     def _record_experts(self, name: str, result: ExpertsResult) -> None:
         self.losses[name] = result.loss
@@ -235,11 +235,11 @@ class _Quantizer:
             q, scales, _ = round_to_nearest(weight, Grid(8, True), group)
             solution = Solution(q[None], scales[None], None, torch.zeros(1), 0.0)
         else:
-            hessian = sequential.HessianSum(weight.shape[1])
+            moments = sequential.Moments(weight.shape[1])
             for hidden in inputs.hidden:
-                hessian.add(self.resolved.final_norm(hidden))
+                moments.add(self.resolved.final_norm(hidden))
             solution = solve(
-                weight[None], hessian.mean()[None], grid=Grid(4, True), group_size=group, damp=self.options.damp,
+                weight[None], moments.hessian()[None], grid=Grid(4, True), group_size=group, damp=self.options.damp,
                 name=head.name,
             )  # fmt: skip
         module = QuantLinear.from_codes(

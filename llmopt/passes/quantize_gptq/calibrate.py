@@ -32,12 +32,13 @@ def packaged_text(part: str) -> str:
 
 def find_tokenizer(model: Any) -> Any | None:
     """The tokenizer lying beside the model's weights, or None. Local files only."""
-    source = Path(str(getattr(model.config, "_name_or_path", "") or ""))
-    if not str(source) or not (source / "tokenizer.json").is_file():
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    # of a model without a path the working directory says nothing
+    if not name or not (Path(name) / "tokenizer.json").is_file():
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
 
 
 def rows(

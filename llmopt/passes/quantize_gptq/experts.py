@@ -36,9 +36,10 @@ class ExpertsResult:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """The calibration inputs one expert is solved on: rows and their weights."""
+    """The calibration inputs one expert is solved on: rows, what they should have been, and their weights."""
 
-    x: torch.Tensor  # [n, H]
+    x: torch.Tensor  # [n, K]
+    exact: torch.Tensor  # [n, K]
     weight: torch.Tensor  # [n, 1]
 
 
@@ -57,8 +58,7 @@ def solve_experts(
     Raises:
         QuantizationError: names the layer.
     """
-    hidden, index = torch.cat(seen.hidden), torch.cat(seen.index)
-    weights = torch.cat(seen.weights)
+    hidden, index = seen.hidden, seen.index
     num_experts, _, inner = site.down.shape
     counts = torch.bincount(index.flatten(), minlength=num_experts)[:num_experts].tolist()
     generator = torch.Generator().manual_seed(seed)
@@ -69,13 +69,14 @@ def solve_experts(
     per_batch = max(1, _HESSIAN_BYTES // (4 * max(hidden.shape[1], inner) ** 2))
     for start in range(0, num_experts, per_batch):
         batch = slice(start, min(start + per_batch, num_experts))
-        shares = [_share(e, hidden, index, weights, min_tokens, generator) for e in range(batch.start, batch.stop)]
+        shares = [_share(e, seen, min_tokens, generator) for e in range(batch.start, batch.stop)]
         name = f"{site.name}[{batch.start}:{batch.stop}]"
         options = {"grid": grid, "group_size": group_size, "damp": damp}
-        up = solve(site.gate_up[batch], _hessians(shares), name=f"{name}.{site.spec.gate_up}", **options)  # type: ignore[arg-type]
+        up = solve(site.gate_up[batch], *_moments(shares), name=f"{name}.{site.spec.gate_up}", **options)  # type: ignore[arg-type]
         gate_up_dq[batch] = up.dequantized(group_size).to(dtype)
-        inner_shares = [_after_gate(s, w) for s, w in zip(shares, gate_up_dq[batch], strict=True)]
-        down = solve(site.down[batch], _hessians(inner_shares), name=f"{name}.{site.spec.down}", **options)  # type: ignore[arg-type]
+        pairs = zip(shares, gate_up_dq[batch], site.gate_up[batch], strict=True)
+        inner_shares = [_after_gate(share, quantized, exact) for share, quantized, exact in pairs]
+        down = solve(site.down[batch], *_moments(inner_shares), name=f"{name}.{site.spec.down}", **options)  # type: ignore[arg-type]
         down_dq[batch] = down.dequantized(group_size).to(dtype)
         packed["gate_up"].append(_pack(up, group_size))
         packed["down"].append(_pack(down, group_size))
@@ -89,32 +90,35 @@ def solve_experts(
     return ExpertsResult(module, gate_up_dq, down_dq, loss, used, counts, starved)
 
 
-def _share(
-    expert: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, min_tokens: int,
-    generator: torch.Generator,
-) -> _Share:  # fmt: skip
-    token, choice = torch.where(index == expert)
-    x, weight = hidden[token].float(), weights[token, choice]
-    missing = min(min_tokens, hidden.shape[0]) - len(token)
+def _share(expert: int, seen: RoutedTokens, min_tokens: int, generator: torch.Generator) -> _Share:
+    token, choice = torch.where(seen.index == expert)
+    weight = seen.weights[token, choice]
+    missing = min(min_tokens, seen.hidden.shape[0]) - len(token)
     if missing > 0:
-        extra = torch.randperm(hidden.shape[0], generator=generator)[:missing]
-        x = torch.cat([x, hidden[extra].float()])
-        weight = torch.cat([weight, weights.mean().expand(missing)])
-    return _Share(x, weight[:, None])
+        extra = torch.randperm(seen.hidden.shape[0], generator=generator)[:missing]
+        token = torch.cat([token, extra])
+        weight = torch.cat([weight, seen.weights.mean().expand(missing)])
+    return _Share(seen.hidden[token].float(), seen.exact[token].float(), weight[:, None])
 
 
-def _hessians(shares: list[_Share]) -> torch.Tensor:
-    """``[b, K, K]``: weighted means of x x^T."""
-    out = []
+def _moments(shares: list[_Share]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hessian and drift ``[b, K, K]``: weighted means of ``x x^T`` and ``(exact - x) x^T``, the latter shrunk."""
+    hessians, drifts = [], []
     for share in shares:
         scaled = share.x * share.weight
-        out.append(scaled.T @ scaled / share.weight.square().sum().clamp(min=1e-12))
-    return torch.stack(out)
+        total = share.weight.square().sum().clamp(min=1e-12)
+        tokens, size = share.x.shape
+        hessians.append(scaled.T @ scaled / total)
+        drifts.append(((share.exact - share.x) * share.weight).T @ scaled * (tokens / (tokens + size) / total))
+    return torch.stack(hessians), torch.stack(drifts)
 
 
-def _after_gate(share: _Share, gate_up: torch.Tensor) -> _Share:
-    gate, up = (share.x @ gate_up.float().T).chunk(2, dim=-1)
-    return _Share(nn.functional.silu(gate) * up, share.weight)
+def _after_gate(share: _Share, quantized: torch.Tensor, exact: torch.Tensor) -> _Share:
+    def activated(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ gate_up.float().T).chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+    return _Share(activated(share.x, quantized), activated(share.exact, exact), share.weight)
 
 
 def _pack(solution: Solution, group_size: int) -> torch.Tensor:

@@ -4,13 +4,17 @@ True sequential order: inside a block, linears that read the same input form a s
 already quantized stages before it, and each block inputs made by the already quantized blocks before it. Only one block's
 Hessians exist at a time. The model's own modules are swapped for stand-ins while a block is worked on and put back after:
 nothing is changed until the pass's patch is enabled.
+
+Beside the quantized path runs the exact one, through the model's own modules on its own activations: what a stage should
+have been given is needed to make up for what it is given (:func:`solver.solve`, ``drift``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -20,6 +24,9 @@ from llmopt.models.base import LinearSite, ResolvedModel
 
 # tokens of one forward pass through a block; bounds activation memory
 _BATCH_TOKENS = 2048
+
+
+Inputs: TypeAlias = tuple[torch.Tensor, ...]
 
 
 class _Captured(Exception):
@@ -38,6 +45,10 @@ class BlockInputs:
         for hidden, kwargs in zip(self.hidden, self.kwargs, strict=True):
             out = block(hidden, **kwargs)
             yield out[0] if isinstance(out, tuple) else out
+
+    def twin(self) -> BlockInputs:
+        """The same inputs, to be advanced on another path."""
+        return BlockInputs(list(self.hidden), self.kwargs)
 
     def advance(self, block: nn.Module, name: str) -> None:
         """Replace the inputs by the block's outputs, in place, so that only one set exists."""
@@ -71,90 +82,132 @@ def capture_inputs(resolved: ResolvedModel, rows: list[torch.Tensor]) -> BlockIn
     return BlockInputs(hidden, kwargs)
 
 
-@contextmanager
-def stand_ins() -> Iterator[Callable[[nn.Module, str, nn.Module], None]]:
-    """Gives a function that swaps a child module; every swap is undone on exit, whatever happens."""
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+class StandIns:
+    """Swaps child modules of the block at work; leaving the context puts all of them back, whatever happens."""
 
-    def swap(parent: nn.Module, attr: str, module: nn.Module) -> None:
-        swapped.append((parent, attr, getattr(parent, attr)))
+    def __init__(self) -> None:
+        self._swapped: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+
+    def __enter__(self) -> StandIns:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._show_originals()
+
+    def swap(self, parent: nn.Module, attr: str, module: nn.Module) -> None:
+        self._swapped.append((parent, attr, getattr(parent, attr), module))
         setattr(parent, attr, module)
 
-    try:
-        yield swap
-    finally:
-        for parent, attr, module in reversed(swapped):
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """The block as it was, for a while."""
+        self._show_originals()
+        try:
+            yield
+        finally:
+            for parent, attr, _, module in self._swapped:
+                setattr(parent, attr, module)
+
+    def _show_originals(self) -> None:
+        for parent, attr, module, _ in reversed(self._swapped):
             setattr(parent, attr, module)
 
 
-class HessianSum:
-    """Mean of x x^T over the inputs of one linear, float32."""
+@dataclass(slots=True)
+class Paths:
+    """The calibration on its two ways through the model, and the block both have come to."""
 
-    def __init__(self, size: int) -> None:
-        self.total = torch.zeros(size, size)
-        self.tokens = 0
+    block: nn.Module
+    quantized: BlockInputs
+    exact: BlockInputs
+    stand_ins: StandIns
 
-    def add(self, x: torch.Tensor) -> None:
-        flat = x.reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(flat.T, flat)
-        self.tokens += flat.shape[0]
+    def reaching(self, parent: nn.Module, attr: str) -> Iterator[tuple[Inputs, Inputs]]:
+        """What module ``parent.attr`` of the block is given, on the quantized and on the exact path, batch by batch."""
+        batches = zip(self.quantized.hidden, self.exact.hidden, self.quantized.kwargs, strict=True)
+        for hidden, exact_hidden, kwargs in batches:
+            given = _inputs_of(self.block, getattr(parent, attr), hidden, kwargs)
+            with self.stand_ins.originals():
+                exact = _inputs_of(self.block, getattr(parent, attr), exact_hidden, kwargs)
+            # a block may leave a module out, as experts that no token of a batch is routed to
+            if given is not None and exact is not None:
+                yield given, exact
 
-    def mean(self) -> torch.Tensor:
-        return self.total / max(self.tokens, 1)
-
-
-def stage_hessian(block: nn.Module, inputs: BlockInputs, site: LinearSite) -> HessianSum:
-    """Hessian of what reaches ``site`` when the calibration runs through its block (up to the site, no further)."""
-    hessian = HessianSum(site.module.in_features)
-
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        hessian.add(args[0])
-        raise _Captured
-
-    handle = getattr(site.parent, site.attr).register_forward_pre_hook(hook)
-    try:
-        for hidden, kwargs in zip(inputs.hidden, inputs.kwargs, strict=True):
-            try:
-                block(hidden, **kwargs)
-            except _Captured:
-                continue
-    finally:
-        handle.remove()
-    if hessian.tokens == 0:
-        raise QuantizationError(f"{site.name}: no calibration token reached this layer")
-    return hessian
+    def advance(self, name: str) -> None:
+        """Through the block, each path with its own weights."""
+        self.quantized.advance(self.block, name)
+        with self.stand_ins.originals():
+            self.exact.advance(self.block, name)
 
 
-class RoutedTokens:
-    """Inputs of a fused-experts module: hidden states and which experts they went to."""
-
-    def __init__(self) -> None:
-        self.hidden: list[torch.Tensor] = []  # [T, H]
-        self.index: list[torch.Tensor] = []  # [T, k]
-        self.weights: list[torch.Tensor] = []  # [T, k]
-
-
-def routed_tokens(block: nn.Module, inputs: BlockInputs, experts: nn.Module, name: str) -> RoutedTokens:
-    """Run the calibration through a block and keep what reaches its experts."""
-    seen = RoutedTokens()
+def _inputs_of(block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Inputs | None:
+    """Tensors that ``module`` is called with when the block runs (so far, and no further)."""
+    seen: list[Inputs] = []
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, Any]) -> None:
-        tensors: list[torch.Tensor] = [*args, *list(named.values())[: 3 - len(args)]]
-        hidden, index, weights = tensors
-        seen.hidden.append(hidden.reshape(-1, hidden.shape[-1]))
-        seen.index.append(index)
-        seen.weights.append(weights.float())
+        seen.append((*args, *named.values()))
         raise _Captured
 
-    handle = experts.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        for hidden, kwargs in zip(inputs.hidden, inputs.kwargs, strict=True):
-            try:
-                block(hidden, **kwargs)
-            except _Captured:
-                continue
+        block(hidden, **kwargs)
+    except _Captured:
+        return seen[0]
     finally:
         handle.remove()
-    if not seen.hidden:
+    return None
+
+
+class Moments:
+    """Means over the calibration tokens of what one linear is given: ``x x^T``, and ``(exact - x) x^T`` (float32)."""
+
+    def __init__(self, size: int) -> None:
+        self._square, self._drift = torch.zeros(size, size), torch.zeros(size, size)
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+        flat = x.reshape(-1, x.shape[-1]).float()
+        self._square.addmm_(flat.T, flat)
+        if exact is not None:
+            self._drift.addmm_((exact.reshape(flat.shape).float() - flat).T, flat)
+        self.tokens += flat.shape[0]
+
+    def hessian(self) -> torch.Tensor:
+        return self._square / max(self.tokens, 1)
+
+    def drift(self) -> torch.Tensor:
+        """Shrunk by what a regression on so few tokens would fit to noise."""
+        return self._drift / (self.tokens + self._drift.shape[0])
+
+
+def stage_moments(paths: Paths, site: LinearSite) -> Moments:
+    """Moments of what reaches ``site`` when the calibration runs through its block (up to the site, no further)."""
+    moments = Moments(site.module.in_features)
+    for given, exact in paths.reaching(site.parent, site.attr):
+        moments.add(given[0], exact[0])
+    if moments.tokens == 0:
+        raise QuantizationError(f"{site.name}: no calibration token reached this layer")
+    return moments
+
+
+@dataclass(slots=True)
+class RoutedTokens:
+    """Inputs of a fused-experts module: hidden states on both paths, and which experts they went to on the quantized one."""
+
+    hidden: torch.Tensor  # [T, H]
+    exact: torch.Tensor  # [T, H]
+    index: torch.Tensor  # [T, k]
+    weights: torch.Tensor  # [T, k] float32
+
+
+def routed_tokens(paths: Paths, parent: nn.Module, attr: str, name: str) -> RoutedTokens:
+    """Run the calibration through a block and keep what reaches its experts."""
+    hidden, exact, index, weights = [], [], [], []
+    for given, wanted in paths.reaching(parent, attr):
+        hidden.append(given[0].reshape(-1, given[0].shape[-1]))
+        exact.append(wanted[0].reshape(-1, wanted[0].shape[-1]))
+        index.append(given[1])
+        weights.append(given[2].float())
+    if not hidden:
         raise QuantizationError(f"{name}: no calibration token reached the experts")
-    return seen
+    return RoutedTokens(torch.cat(hidden), torch.cat(exact), torch.cat(index), torch.cat(weights))

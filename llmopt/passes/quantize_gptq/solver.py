@@ -1,12 +1,14 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323), batched over experts. Maths only: tensors in, codes out.
 
 Columns are rounded one after the other; the error of each is spread over those not yet rounded, along the inverse Hessian
-of the layer's inputs. Two departures from the paper's program:
+of the layer's inputs. Three departures from the paper's program:
 - Columns are visited by importance (diagonal of the Hessian), groups by their mean importance and columns inside their
   group, while every column stays in its own contiguous group: most of what ``desc_act`` gains, and no permutation at run
   time.
 - A group's scale minimises the error weighted by 1 / U_ii**2, the loss GPTQ itself charges for column i; scales are
   float16 values before any weight is rounded, so that the stored checkpoint is what was optimised.
+- What is rounded is not W but the weights that, on the inputs the quantized model gives, come closest to what W makes of
+  the inputs the exact model gives (GPTAQ, Li et al. 2025, arXiv 2504.02692, as one regression before the rounding).
 
 Letters: b batch, N rows, K columns, G groups; H Hessian, U upper Cholesky factor of its inverse.
 """
@@ -46,13 +48,15 @@ class Solution:
 
 
 def solve(
-    weight: torch.Tensor, hessian: torch.Tensor, *, grid: Grid, group_size: int, damp: float, name: str
-) -> Solution:
+    weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor | None = None, *, grid: Grid, group_size: int,
+    damp: float, name: str,
+) -> Solution:  # fmt: skip
     """Quantize weights so that their outputs on the calibration inputs change least.
 
     Args:
         weight: ``[b, N, K]`` any floating dtype.
         hessian: ``[b, K, K]`` float32, mean of x x^T over the inputs.
+        drift: ``[b, K, K]`` float32, mean of (exact input - x) x^T; None: the inputs are as they should be.
         grid: the codes.
         group_size: columns of a group (the last may be short), -1 for one group a row.
         damp: share of the mean diagonal added to the diagonal; raised tenfold, up to 1, while a factorisation fails.
@@ -71,6 +75,11 @@ def solve(
     h = torch.gather(hessian, 1, order[:, :, None].expand_as(hessian))
     h = torch.gather(h, 2, order[:, None, :].expand_as(h))
     u, used = _inverse_factor(h, damp, name)
+    if drift is not None:
+        d = torch.gather(drift, 1, order[:, :, None].expand_as(drift))
+        d = torch.gather(d, 2, order[:, None, :].expand_as(d))
+        # the inverse Hessian is u^T u
+        w += w @ d @ u.transpose(1, 2) @ u
     target = w.clone()
     q, scales, zeros, groups = _round_columns(w, u, grid, order, group_size)
     difference = target - _expand(q, scales, zeros, groups)
