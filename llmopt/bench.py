@@ -13,7 +13,7 @@ from llmopt.measure.memory import available_bytes
 from llmopt.measure.report import Report
 from llmopt.models import shapes
 from llmopt.passes import choose
-from llmopt.passes.base import Applied, Event, Pass, Patch
+from llmopt.passes.base import Event, Pass
 from llmopt.passes.quantize_gptq import QuantizeGptq
 from llmopt.passes.quantize_gptq.direct import build_quantized
 
@@ -56,11 +56,12 @@ def bench_shape(
             "or with num_layers= for its first layers only"
         )
     options = chosen[0]
-    model, coverage = build_quantized(name, group_size=options.group_size, head_bits=options.head_bits or 8, seed=seed)
+    model, applied = build_quantized(name, group_size=options.group_size, head_bits=options.head_bits or 8, seed=seed)
     layers, fewer = _depths(config)
     baseline = ScaledBaseline(name, layers=layers, fewer=fewer, total=config.num_hidden_layers, seed=seed)
-    built = (options, Applied(Patch(), coverage, changes_numerics=True))
-    loop.optimize_built(model, built, chosen[1:], baseline=baseline, measure=measure, on_event=on_event, seed=seed)
+    loop.optimize_built(
+        model, (options, applied), chosen[1:], baseline=baseline, measure=measure, on_event=on_event, seed=seed
+    )
     report = verbs.report(model)
     report.model["name"] = name
     del model

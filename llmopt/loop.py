@@ -114,7 +114,7 @@ def optimize_built(
     run.prepare_rows(None)
     run.notes.append(baseline.note)
     row = PassRow(item.name, "kept", "built directly in int4 from random codes", item.options())
-    row.coverage = dataclasses.asdict(applied.coverage)
+    row.coverage, row.details = dataclasses.asdict(applied.coverage), applied.details
     run.rows.append(row)
     _finish(run, False)
     return model

@@ -311,6 +311,8 @@ def pass_lines(row: PassRow) -> list[str]:
         if before and after and before != after:
             text += f": {fmt.size(before)} → {fmt.size(after)} ({fmt.percent(after / before)})"
         lines.append(text)
+    if share := row.details.get("quantized_bytes_ratio"):
+        lines.append(f"4-bit linears and experts: {fmt.percent(share)} of their bytes")
     if coverage.get("implementations"):
         lines.append("runs " + ", ".join(f"{kind}: {name}" for kind, name in coverage["implementations"].items()))
     lines += [f"skipped {text}" for text in _skips(coverage.get("skipped") or {})]

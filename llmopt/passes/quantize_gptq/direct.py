@@ -16,7 +16,7 @@ from llmopt.arena import WeightArena, arena_for
 from llmopt.models import resolve_model, shapes
 from llmopt.models.base import ExpertsSite
 from llmopt.ops.int4_linear import layout
-from llmopt.passes.base import Coverage
+from llmopt.passes.base import Applied, Coverage, Patch
 from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
 
 # prime, so that no two rows of a weight are equal
@@ -48,7 +48,7 @@ class _Codes:
 
 
 @torch.no_grad()
-def build_quantized(shape: str, *, group_size: int = 128, head_bits: int = 8, seed: int = 0) -> tuple[Any, Coverage]:
+def build_quantized(shape: str, *, group_size: int = 128, head_bits: int = 8, seed: int = 0) -> tuple[Any, Applied]:
     """A model of a published shape with random int4 weights and an 8-bit (or 4-bit) head and embedding.
 
     Args:
@@ -58,7 +58,7 @@ def build_quantized(shape: str, *, group_size: int = 128, head_bits: int = 8, se
         seed: of the codes, norms and routers.
 
     Returns:
-        The model in eval mode, and what was quantized (before: as bf16; after: as packed).
+        The model in eval mode, and what was quantized (before: as bf16; after: as packed), as a pass would say it.
     """
     model: Any = shapes.meta_model(shape)
     resolved, coverage = resolve_model(model), Coverage()
@@ -82,10 +82,20 @@ def build_quantized(shape: str, *, group_size: int = 128, head_bits: int = 8, se
         group_size=group, dtype=embedding.weight.dtype, padding_idx=embedding.padding_idx,
     )  # fmt: skip
     setattr(parent, attr, table)
+    sizes = [(m.in_features * m.out_features, m.packed.numel()) for m in model.modules() if _is_int4(m)]
+    experts = [m for m in model.modules() if isinstance(m, QuantExperts)]
+    sizes += [
+        (3 * m.num_experts * m.hidden_dim * m.intermediate_dim, m.gate_up.numel() + m.down.numel()) for m in experts
+    ]
+    details = {"quantized_bytes_ratio": sum(after for _, after in sizes) / (2 * sum(numel for numel, _ in sizes))}
     coverage.share_of_weight_bytes = coverage.weight_bytes_before / shapes.parameter_bytes(shapes.config_for(shape))
     shapes.materialize_(model, seed=seed, std=std)
     model.llmopt_random_weights = True
-    return model.eval(), coverage
+    return model.eval(), Applied(Patch(), coverage, details, changes_numerics=True)
+
+
+def _is_int4(module: nn.Module) -> bool:
+    return isinstance(module, QuantLinear) and module.bits == 4
 
 
 def _count(coverage: Coverage, kind: str, numel: int, buffers: list[torch.Tensor]) -> None:

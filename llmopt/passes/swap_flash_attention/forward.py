@@ -119,8 +119,10 @@ def attention_function(
     Raises:
         InputError: a paged cache (continuous batching).
     """
-    plan: Plan = getattr(module, "llmopt_attention", _DEFAULT)
-    latent: Any = getattr(module, "llmopt_latent", None)
+    # not getattr: where there is none, nn.Module raises and formats an error, in every layer of every token
+    own = vars(module)
+    plan: Plan = own.get("llmopt_attention", _DEFAULT)
+    latent: Any = module._modules.get("llmopt_latent")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     seen = Seen(attention_mask, sliding_window, is_causal is not False)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
