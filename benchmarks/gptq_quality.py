@@ -329,7 +329,7 @@ def write(directory: Path, rows: Sequence[Row], said: Sequence[str], num_rows: i
     settings = {"held_out_rows": num_rows, "row_tokens": ROW_TOKENS, "calibration": "packaged text", "command": command}
     lines = list(map(dataclasses.asdict, rows))
     record = {"environment": seen, "settings": settings, "notes": list(said), "rows": lines}
-    out.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     stem = directory / f"quality_{seen['date'][:10]}"
     stem.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     where = f"{seen['cpu']['model']}, {seen['threads']} threads, kernels {seen['kernels']['isa']}"
