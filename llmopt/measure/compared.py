@@ -116,17 +116,6 @@ def describe(model: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def remarks(comparison: Comparison) -> list[str]:
-    """Ceilings, notes, and what measuring cost."""
-    lines = []
-    if ceilings := summary.ceilings_line(comparison):
-        lines.append(f"machine: {ceilings}")
-    lines += [f"note: {note}" for note in comparison.notes]
-    if comparison.measured_s:
-        lines.append(f"measuring took {comparison.measured_s:.0f} s")
-    return lines
-
-
 # ---- receipts of separate runs
 
 

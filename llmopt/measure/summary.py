@@ -329,3 +329,14 @@ def _skips(skipped: dict[str, str]) -> list[str]:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"{', '.join(names[:3])}{more}: {reason}")
     return lines
+
+
+def remark_lines(report: Report | Comparison) -> list[str]:
+    """Ceilings, notes, and what measuring cost."""
+    lines = []
+    if ceilings := ceilings_line(report):
+        lines.append(f"machine: {ceilings}")
+    lines += [f"note: {note}" for note in report.notes]
+    if report.measured_s:
+        lines.append(f"measuring took {report.measured_s:.0f} s")
+    return lines

@@ -64,22 +64,11 @@ def _print_details(console: Console, report: Report) -> None:
         _say(console, f"{row.name}: {row.verdict}", style=_STYLES[row.verdict])
         for line in lines:
             _say(console, line, indent=4, hang=6)
-    remarks = remark_lines(report)
+    remarks = summary.remark_lines(report)
     if remarks:
         console.print()
     for line in remarks:
         _say(console, line, hang=4)
-
-
-def remark_lines(report: Report) -> list[str]:
-    """Ceilings, notes, and what measuring cost."""
-    lines = []
-    if ceilings := summary.ceilings_line(report):
-        lines.append(f"machine: {ceilings}")
-    lines += [f"note: {note}" for note in report.notes]
-    if report.measured_s:
-        lines.append(f"measuring took {report.measured_s:.0f} s")
-    return lines
 
 
 def text(report: Report) -> str:
@@ -194,7 +183,7 @@ def markdown(report: Report) -> str:
         lines = summary.pass_lines(row)
         if lines:
             parts.append(f"**{row.name}: {row.verdict}**\n\n" + "\n".join(f"- {_escape(line)}" for line in lines))
-    remarks = remark_lines(report)
+    remarks = summary.remark_lines(report)
     if remarks:
         parts.append("\n".join(f"- {_escape(line)}" for line in remarks))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -266,7 +255,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         for detail in details:
             _say(console, detail, indent=4, hang=6)
     console.print()
-    for line in compared.remarks(comparison):
+    for line in summary.remark_lines(comparison):
         _say(console, line, hang=4)
 
 
@@ -297,5 +286,5 @@ def markdown_comparison(comparison: Comparison) -> str:
     for line, details in compared.model_lines(comparison):
         lines.append(f"- {_escape(line)}")
         lines += [f"  - {_escape(detail)}" for detail in details]
-    lines += [f"- {_escape(line)}" for line in compared.remarks(comparison)]
+    lines += [f"- {_escape(line)}" for line in summary.remark_lines(comparison)]
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"

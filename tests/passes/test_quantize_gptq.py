@@ -808,6 +808,8 @@ def mean_kls(model_type: str, trained: Any, patch: pytest.MonkeyPatch) -> dict[s
 def test_gptq_beats_rounding_on_held_out_text(model_type: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kl = mean_kls(model_type, trained, monkeypatch)
     assert 0 < kl["gptq, exact activations"] <= 0.4 * kl["rtn, exact activations"], kl
+    # activations rounded to 8 bits on top, in both
+    assert kl["gptq"] <= {"deepseek_v3": 0.45}.get(model_type, 0.4) * kl["rtn"], kl
 
 
 @pytest.mark.slow
