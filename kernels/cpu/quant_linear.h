@@ -38,20 +38,33 @@ struct QuantTokens {
   int64_t padded_cols, num_groups;
 };
 
+// Activations as they come: rows of `cols` values, optionally to be normalized on the way (RMSNorm, Zhang & Sennrich 2019:
+// x / sqrt(mean(x^2) + eps) * norm).
+struct TokenSource {
+  const void* data;
+  int dtype;                    // DType
+  int64_t stride, cols;         // elements between tokens, elements of a token
+  const float* norm = nullptr;  // [cols], or null: taken as they are
+  float eps = 0.0f;
+};
+
 struct Output {
-  void* data;        // element [token 0, row 0]
-  int64_t stride;    // elements between tokens
-  int dtype;         // DType
-  const void* bias;  // [rows] of the same dtype, or null
+  void* data;               // element [token 0, row 0]
+  int64_t stride;           // elements between tokens
+  int dtype;                // DType
+  const void* bias;         // [rows] of the same dtype, or null
+  bool accumulate = false;  // add to what is there: a residual connection
 };
 
 struct LinearKernels {
-  // quantizes tokens [begin, end) of x (dtype, `stride` elements between tokens, `cols` real columns)
-  void (*quantize)(const void* x, int dtype, int64_t stride, int64_t cols, int group, int64_t begin, int64_t end,
-                   const QuantTokens& out);
+  // quantizes tokens [begin, end) of x
+  void (*quantize)(const TokenSource& x, int group, int64_t begin, int64_t end, const QuantTokens& out);
   // y[token, row] for tokens [0, tokens) and tiles [tile_begin, tile_end); panel: scratch of panel_bytes()
   void (*product)(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t tile_begin, int64_t tile_end,
                   const Output& y, uint8_t* panel);
+  // y = silu(gate x) * (up x) for one or two tokens: both weights are read as two streams side by side
+  void (*gated_product)(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t tokens,
+                        int64_t tile_begin, int64_t tile_end, const Output& y);
   // writes row `row` of the weight, dequantized, to float32 out[cols]
   void (*dequantize_row)(const QuantWeight& w, int64_t row, float* out);
   // out[i] = silu(gate[i]) * up[i]

@@ -15,19 +15,39 @@ constexpr int64_t kPanelTokens = 2 * kTokens;
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// what to multiply a token with before its norm's weights
 template <int kDType>
-void quantize_tokens(const void* x, int64_t stride, int64_t cols, int group, int64_t begin, int64_t end,
-                     const QuantTokens& out) {
+float inverse_rms(const TokenSource& x, int64_t token) {
+  F32x16 sum = zero_f32();
+  for (int64_t k = 0; k < x.cols; k += 16) {
+    const int n = x.cols - k < 16 ? static_cast<int>(x.cols - k) : 16;
+    const F32x16 v = load_as_n<kDType>(x.data, token * x.stride + k, n);
+    sum = fmadd(v, v, sum);
+  }
+  return 1.0f / std::sqrt(reduce_add(sum) / static_cast<float>(x.cols) + x.eps);
+}
+
+// `n` (up to 16) values of a token from column k on, normalized where the source says so
+template <int kDType>
+F32x16 source_values(const TokenSource& x, int64_t token, int64_t k, int n, F32x16 inverse) {
+  const int64_t at = token * x.stride + k;
+  const F32x16 v = n == 16 ? load_as<kDType>(x.data, at) : load_as_n<kDType>(x.data, at, n);
+  return x.norm ? mul(mul(v, inverse), n == 16 ? load(x.norm + k) : load_n(x.norm + k, n)) : v;
+}
+
+template <int kDType>
+void quantize_tokens(const TokenSource& x, int group, int64_t begin, int64_t end, const QuantTokens& out) {
   for (int64_t t = begin; t < end; ++t) {
+    const F32x16 inverse_norm = set1(x.norm ? inverse_rms<kDType>(x, t) : 1.0f);
     int8_t* q = out.q + t * out.padded_cols;
     for (int64_t g = 0; g < out.num_groups; ++g) {
-      const int64_t k0 = g * group, real = cols - k0 < group ? cols - k0 : group;
+      const int64_t k0 = g * group, real = x.cols - k0 < group ? x.cols - k0 : group;
       F32x16 values[8];
       I32x16 biggest = zero_i32();
       for (int i = 0; i < group / 16; ++i) {
         const int64_t left = real - 16 * i;
-        values[i] = left >= 16 ? load_as<kDType>(x, t * stride + k0 + 16 * i)
-                               : load_as_n<kDType>(x, t * stride + k0 + 16 * i, left > 0 ? static_cast<int>(left) : 0);
+        const int n = left >= 16 ? 16 : (left > 0 ? static_cast<int>(left) : 0);
+        values[i] = n > 0 ? source_values<kDType>(x, t, k0 + 16 * i, n, inverse_norm) : zero_f32();
         biggest = max(biggest, abs_bits(values[i]));
       }
       const int32_t bits = reduce_max(biggest);
@@ -48,11 +68,10 @@ void quantize_tokens(const void* x, int64_t stride, int64_t cols, int group, int
   }
 }
 
-inline void quantize(const void* x, int dtype, int64_t stride, int64_t cols, int group, int64_t begin, int64_t end,
-                     const QuantTokens& out) {
-  if (dtype == 0) quantize_tokens<0>(x, stride, cols, group, begin, end, out);
-  if (dtype == 1) quantize_tokens<1>(x, stride, cols, group, begin, end, out);
-  if (dtype == 2) quantize_tokens<2>(x, stride, cols, group, begin, end, out);
+inline void quantize(const TokenSource& x, int group, int64_t begin, int64_t end, const QuantTokens& out) {
+  if (x.dtype == 0) quantize_tokens<0>(x, group, begin, end, out);
+  if (x.dtype == 1) quantize_tokens<1>(x, group, begin, end, out);
+  if (x.dtype == 2) quantize_tokens<2>(x, group, begin, end, out);
 }
 
 // where one tile's parts begin
@@ -72,32 +91,30 @@ inline I32x16 start_value(const QuantWeight& w, const Tile& tile, int64_t g, int
   return set1(-(w.bits == 4 ? 8 : 128) * sum);
 }
 
+template <int kDType>
+void store_rows_as(const Output& y, int64_t at, int64_t row, int n, F32x16 v) {
+  if (y.bias) v = add(v, load_as_n<kDType>(y.bias, row, n));
+  if (y.accumulate) v = add(v, load_as_n<kDType>(y.data, at, n));
+  store_as_n<kDType>(y.data, at, v, n);
+}
+
 inline void store_rows(const Output& y, int64_t token, int64_t row, int64_t rows, F32x16 v) {
   const int n = rows - row < 16 ? static_cast<int>(rows - row) : 16;
   const int64_t at = token * y.stride + row;
-  if (y.dtype == 0) {
-    if (y.bias) v = add(v, load_as_n<0>(y.bias, row, n));
-    store_as_n<0>(y.data, at, v, n);
-  } else if (y.dtype == 1) {
-    if (y.bias) v = add(v, load_as_n<1>(y.bias, row, n));
-    store_as_n<1>(y.data, at, v, n);
-  } else {
-    if (y.bias) v = add(v, load_as_n<2>(y.bias, row, n));
-    store_as_n<2>(y.data, at, v, n);
-  }
+  if (y.dtype == 0) return store_rows_as<0>(y, at, row, n, v);
+  if (y.dtype == 1) return store_rows_as<1>(y, at, row, n, v);
+  store_rows_as<2>(y, at, row, n, v);
 }
 
-// kS tiles (1 or 2, `apart` tiles from each other), kM tokens (1 or 2), straight from the stream: the decode path. Two
-// streams keep more of the memory busy than one, above all where a matrix begins; independent sums hide the latency of
-// the dot product.
+// kS tiles (1 or 2) of weights like w times kM tokens (1 or 2), straight from the stream: the decode path. Two streams
+// keep more of the memory busy than one, above all where a matrix begins; independent sums hide the latency of the dot
+// product.
 template <int kBits, int kM, int kS>
-void stream_tiles(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t apart, const Output& y) {
-  Tile tile[kS];
+[[gnu::always_inline]] inline void stream_tiles(const QuantWeight& w, const Tile (&tile)[kS], const QuantTokens& x,
+                                                F32x16 (&total)[kS][kM]) {
   const uint8_t* v[kS];
-  F32x16 total[kS][kM];
 #pragma GCC unroll 2
   for (int s = 0; s < kS; ++s) {
-    tile[s] = tile_at(w, t + s * apart);
     v[s] = tile[s].vectors;
 #pragma GCC unroll 2
     for (int m = 0; m < kM; ++m) total[s][m] = zero_f32();
@@ -154,6 +171,15 @@ void stream_tiles(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t
       }
     }
   }
+}
+
+// one tile, or two that lie `apart` tiles from each other
+template <int kBits, int kM, int kS>
+void stream_product(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t apart, const Output& y) {
+  Tile tile[kS];
+  F32x16 total[kS][kM];
+  for (int s = 0; s < kS; ++s) tile[s] = tile_at(w, t + s * apart);
+  stream_tiles<kBits, kM, kS>(w, tile, x, total);
 #pragma GCC unroll 2
   for (int s = 0; s < kS; ++s)
 #pragma GCC unroll 2
@@ -163,8 +189,28 @@ void stream_tiles(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t
 template <int kBits, int kM>
 void stream(const QuantWeight& w, const QuantTokens& x, int64_t begin, int64_t end, const Output& y) {
   const int64_t half = (end - begin) / 2;
-  for (int64_t t = begin; t < begin + half; ++t) stream_tiles<kBits, kM, 2>(w, x, t, half, y);
-  if ((end - begin) % 2) stream_tiles<kBits, kM, 1>(w, x, end - 1, 0, y);
+  for (int64_t t = begin; t < begin + half; ++t) stream_product<kBits, kM, 2>(w, x, t, half, y);
+  if ((end - begin) % 2) stream_product<kBits, kM, 1>(w, x, end - 1, 0, y);
+}
+
+template <int kBits, int kM>
+void gated_stream(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t begin, int64_t end,
+                  const Output& y) {
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile[2] = {tile_at(gate, t), tile_at(up, t)};
+    F32x16 total[2][kM];
+    stream_tiles<kBits, kM, 2>(gate, tile, x, total);
+#pragma GCC unroll 2
+    for (int m = 0; m < kM; ++m) store_rows(y, m, 16 * t, gate.rows, mul(silu(total[0][m]), total[1][m]));
+  }
+}
+
+inline void gated_product(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t tokens,
+                          int64_t begin, int64_t end, const Output& y) {
+  if (gate.bits == 4 && tokens == 1) return gated_stream<4, 1>(gate, up, x, begin, end, y);
+  if (gate.bits == 4) return gated_stream<4, 2>(gate, up, x, begin, end, y);
+  if (tokens == 1) return gated_stream<8, 1>(gate, up, x, begin, end, y);
+  gated_stream<8, 2>(gate, up, x, begin, end, y);
 }
 
 // kT tiles times kM tokens held in registers. kPanel: the tiles' quads lie unpacked in `panel` (one after the other,
@@ -312,7 +358,7 @@ inline void weighted_sum(const float* const* rows, const float* weights, int cou
 }
 
 inline LinearKernels make_linear_kernels() {
-  return {quantize, product, dequantize_row, gated, weighted_sum, panel_bytes};
+  return {quantize, product, gated_product, dequantize_row, gated, weighted_sum, panel_bytes};
 }
 
 }  // namespace llmopt::LLMOPT_ISA

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "quant_linear_run.h"
+#include "linear_job.h"
 
 namespace llmopt {
 namespace {
@@ -43,6 +43,12 @@ std::vector<Task> tasks_for(const Routing& r, int64_t tiles) {
           {static_cast<int64_t>(e), r.starts[e], pairs, t, t + kTaskTiles < tiles ? t + kTaskTiles : tiles});
   }
   return tasks;
+}
+
+QuantTokens token_buffers(Scratch& scratch, const QuantWeight& w, int64_t tokens) {
+  LinearJob job;
+  job.weights = {{true, w, {}}};
+  return token_buffers(scratch, job, tokens).quant;
 }
 
 QuantTokens rows_from(const QuantTokens& q, int64_t row) {
@@ -97,7 +103,7 @@ void run_chunk(const Experts& m, const Io& io, int64_t begin, int64_t end) {
     const int me = omp_get_thread_num(), all = omp_get_num_threads();
     const Share mine = share_of(tokens, me, all);
     const char* from = static_cast<const char*>(io.x) + begin * io.x_stride * element;
-    kernels.quantize(from, io.dtype, io.x_stride, m.gate_up.cols, m.gate_up.group, mine.begin, mine.end, x);
+    kernels.quantize({from, io.dtype, io.x_stride, m.gate_up.cols}, m.gate_up.group, mine.begin, mine.end, x);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs; ++i) copy_row(x, r.order[i] / io.k - begin, sorted, i);
@@ -112,7 +118,7 @@ void run_chunk(const Experts& m, const Io& io, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < pairs; ++i) {
       float* row = gate_up + i * 2 * inner;
       kernels.gated(row, row + inner, row, inner);
-      kernels.quantize(gate_up, 0, 2 * inner, inner, m.down.group, i, i + 1, act);
+      kernels.quantize({gate_up, 0, 2 * inner, inner}, m.down.group, i, i + 1, act);
     }
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < down_tasks.size(); ++i) {

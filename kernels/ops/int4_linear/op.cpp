@@ -1,4 +1,4 @@
-#include "quant_linear_run.h"
+#include "linear_job.h"
 
 namespace {
 

@@ -1,0 +1,61 @@
+// The preallocated KV cache as ops see it, and the rows of tokens that write to it and read from it.
+//
+// Cache: [sequences, kv_heads, capacity, dim]; a head's tokens lie one after the other. A row is one token: the sequence it
+// belongs to, its slot in that sequence's cache, and the position its rotary embedding takes.
+#pragma once
+#include "program.h"
+#include "tensor_check.h"
+
+namespace llmopt {
+
+struct CacheShape {
+  int64_t sequences, kv_heads, capacity, dim;
+  int64_t seq_stride, head_stride;  // elements
+  DType dtype;
+};
+
+inline CacheShape cache_shape(const TensorView& k, const TensorView& v) {
+  check_cpu("k", k), check_cpu("v", v);
+  check_shape("k", k, {-1, -1, -1, -1});
+  check_contiguous("k", k);
+  check_shape("v", v, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  check_contiguous("v", v);
+  const DType dtype = float_dtype("k", k);
+  check_same_dtype("v", v, "k", dtype);
+  return {k.size(0), k.size(1), k.size(2), k.size(3), k.size(1) * k.size(2) * k.size(3), k.size(2) * k.size(3), dtype};
+}
+
+inline const float* check_floats(const char* name, const TensorView& t, std::initializer_list<int64_t> shape) {
+  check_cpu(name, t);
+  check_shape(name, t, shape);
+  if (float_dtype(name, t) != DType::kF32) TVM_FFI_THROW(ValueError) << name << ": expected dtype float32";
+  return static_cast<const float*>(t.data_ptr());
+}
+
+inline const int32_t* check_i32(const char* name, const TensorView& t, int64_t size) {
+  check_cpu(name, t);
+  check_shape(name, t, {size});
+  if (t.dtype().code != kDLInt || t.dtype().bits != 32) TVM_FFI_THROW(ValueError) << name << ": expected dtype int32";
+  return static_cast<const int32_t*>(t.data_ptr());
+}
+
+struct TokenRows {
+  const int32_t *position, *seq, *slot;  // position may be null
+};
+
+// What is known now is checked now. In a program the values change from run to run, and whoever moves them on keeps them
+// inside the cache.
+inline void check_rows(const TokenRows& rows, int64_t count, int64_t positions, const CacheShape& cache) {
+  if (recording()) return;
+  const auto check = [](const char* name, int32_t got, int64_t end) {
+    if (got < 0 || got >= end)
+      TVM_FFI_THROW(IndexError) << name << ": expected values in [0, " << end << "), got " << got;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (rows.position) check("position", rows.position[i], positions);
+    check("seq", rows.seq[i], cache.sequences);
+    check("slot", rows.slot[i], cache.capacity);
+  }
+}
+
+}  // namespace llmopt

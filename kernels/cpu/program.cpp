@@ -1,0 +1,72 @@
+// record_begin(), record_end() -> Function run(times): see program.h.
+#include "program.h"
+
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace llmopt {
+namespace {
+
+struct Program {
+  std::vector<Task> tasks;
+  // as many as when it was recorded: tasks may have sized their buffers by it
+  int threads = omp_get_max_threads();
+
+  void run(int64_t times) const {
+    run_team(threads, [&](const Team& team) {
+      for (int64_t i = 0; i < times; ++i) {
+        for (const Task& task : tasks) {
+          task(team);
+          team.sync();
+        }
+      }
+    });
+  }
+};
+
+thread_local std::unique_ptr<Program> current;
+
+// One program at a time: two would fight over the same cores, and each would wait for threads the other has. Callers take
+// turns, a run (one decode step) at a time.
+std::mutex& turn() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+void record_begin() {
+  if (current) TVM_FFI_THROW(RuntimeError) << "record_begin: this thread is recording already";
+  current = std::make_unique<Program>();
+}
+
+tvm::ffi::Function record_end() {
+  if (!current) TVM_FFI_THROW(RuntimeError) << "record_end: nothing is being recorded";
+  std::shared_ptr<Program> program(std::move(current));
+  return tvm::ffi::Function::FromTyped([program](int64_t times) {
+    const std::lock_guard<std::mutex> lock(turn());
+    program->run(times);
+  });
+}
+
+// forgets what was recorded, after an error
+void record_abort() { current.reset(); }
+
+}  // namespace
+
+bool recording() { return current != nullptr; }
+
+void run_or_record(Task task, int threads) {
+  if (current) {
+    current->tasks.push_back(std::move(task));
+  } else {
+    run_team(threads, task);
+  }
+}
+
+}  // namespace llmopt
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_begin, llmopt::record_begin);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_end, llmopt::record_end);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_abort, llmopt::record_abort);

@@ -1,0 +1,202 @@
+// cache_attention: attention of ragged rows over the preallocated cache. Rows of one sequence that follow each other are one
+// causal run (a prefill chunk, or the single token of a decode step).
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "../attention/attention.h"
+#include "cache_rows.h"
+#include "scratch.h"
+
+namespace llmopt {
+namespace {
+
+// most rows of one job, and the fewest where there are many
+constexpr int64_t kMostRows = 192, kFewestRows = 48;
+// fewest keys of one job when keys are split, and jobs to cut the work into
+constexpr int64_t kFewestKeys = 256, kWantedJobs = 32;
+
+struct Given {
+  const void* q;
+  const void *k, *v;
+  void* out;
+  TokenRows rows;
+  int64_t tokens, heads;
+  float scale;
+  CacheShape cache;
+};
+
+// A run of rows: tokens [first, first + count) of one sequence, the last at slot `last`.
+struct Run {
+  int64_t first, count, seq, last;
+  int64_t tile_rows, num_tiles, split_keys, num_splits;
+  int64_t first_job;
+
+  int64_t jobs(int64_t kv_heads) const { return kv_heads * num_tiles * num_splits; }
+};
+
+AttentionParams params_of(const Given& g, const Run& run) {
+  AttentionParams p{};
+  const size_t element = g.cache.dtype == DType::kF32 ? 4 : 2;
+  const auto at = [&](const void* base, int64_t i) { return static_cast<const char*>(base) + i * element; };
+  const int64_t dim = g.cache.dim, width = g.heads * dim;
+  p.batch = 1, p.heads = g.heads, p.kv_heads = g.cache.kv_heads;
+  p.tq = run.count, p.tk = run.last + 1, p.dim = p.dim_v = dim;
+  p.q = at(g.q, run.first * width);
+  p.out = const_cast<char*>(at(g.out, run.first * width));
+  p.k = at(g.k, run.seq * g.cache.seq_stride), p.v = at(g.v, run.seq * g.cache.seq_stride);
+  p.q_stride = {0, dim, width};
+  p.k_stride = p.v_stride = {0, g.cache.head_stride, dim};
+  p.scale = g.scale, p.causal = true;
+  return p;
+}
+
+// The cut follows from the shapes alone, so that any number of threads gives the same bits.
+void cut(const Given& g, int64_t runs, Run& run) {
+  const int64_t units = runs * g.cache.kv_heads, rows = run.count * (g.heads / g.cache.kv_heads), keys = run.last + 1;
+  const int64_t tile = std::clamp((units * rows + kWantedJobs - 1) / kWantedJobs, kFewestRows, kMostRows);
+  run.num_tiles = (rows + tile - 1) / tile;
+  run.tile_rows = (rows + run.num_tiles - 1) / run.num_tiles;
+  // a row's cut may depend on its own length only, not on who else is in the batch
+  const int64_t wanted = std::max<int64_t>(1, kWantedJobs / (g.cache.kv_heads * run.num_tiles));
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, keys / kFewestKeys));
+  run.split_keys = round_up((keys + splits - 1) / splits, kTileKeys);
+  run.num_splits = (keys + run.split_keys - 1) / run.split_keys;
+}
+
+// Runs of the rows as they are now. Every thread makes the same list for itself.
+void find_runs(const Given& g, std::vector<Run>& runs) {
+  runs.clear();
+  for (int64_t t = 0; t < g.tokens; ++t) {
+    const int64_t seq = g.rows.seq[t], slot = g.rows.slot[t];
+    if (!runs.empty() && runs.back().seq == seq && runs.back().last + 1 == slot) {
+      ++runs.back().count;
+      runs.back().last = slot;
+    } else {
+      runs.push_back({t, 1, seq, slot, 0, 0, 0, 0, 0});
+    }
+  }
+  int64_t jobs = 0;
+  for (Run& run : runs) {
+    cut(g, static_cast<int64_t>(runs.size()), run);
+    run.first_job = jobs;
+    jobs += run.jobs(g.cache.kv_heads);
+  }
+}
+
+struct Partials {
+  float* data;
+  int64_t stride;
+};
+
+AttentionJob job_at(const Given& g, const Run& run, int64_t index, const Partials& partials) {
+  const int64_t split = index % run.num_splits, rest = index / run.num_splits;
+  const int64_t tile = run.num_tiles - 1 - rest / g.cache.kv_heads, head = rest % g.cache.kv_heads;
+  const int64_t row = tile * run.tile_rows, key = split * run.split_keys;
+  const int64_t rows = run.count * (g.heads / g.cache.kv_heads);
+  float* partial = run.num_splits > 1 ? partials.data + (run.first_job + index) * partials.stride : nullptr;
+  return {0,      head, row, std::min(row + run.tile_rows, rows), key, std::min(key + run.split_keys, run.last + 1),
+          partial};
+}
+
+// floats a thread needs, and floats between partial results
+struct Sizes {
+  int64_t scratch = 0, partial = 0;
+};
+Sizes sizes_of(const Given& g, const std::vector<Run>& runs) {
+  Sizes s;
+  for (const Run& run : runs) {
+    const AttentionLayout layout(params_of(g, run), run.tile_rows);
+    s.scratch = std::max(s.scratch, layout.total);
+    s.partial = std::max(s.partial, layout.partial_size(run.tile_rows));
+  }
+  return s;
+}
+
+void attend(const Given& g, const std::vector<Run>& runs, float* scratch, const Partials& partials, Share mine) {
+  const AttentionKernels& kernels = attention_kernels(active_isa(), static_cast<int>(g.cache.dtype));
+  for (const Run& run : runs) {
+    const int64_t count = run.jobs(g.cache.kv_heads);
+    const int64_t begin = std::max(mine.begin, run.first_job) - run.first_job;
+    const int64_t end = std::min(mine.end, run.first_job + count) - run.first_job;
+    if (begin >= end) continue;
+    const AttentionParams p = params_of(g, run);
+    for (int64_t i = begin; i < end; ++i) {
+      AttentionJob job = job_at(g, run, i, partials);
+      kernels.attend(p, job, scratch);
+    }
+  }
+}
+
+void combine(const Given& g, const std::vector<Run>& runs, float* scratch, const Partials& partials, const Team& team) {
+  const AttentionKernels& kernels = attention_kernels(active_isa(), static_cast<int>(g.cache.dtype));
+  for (const Run& run : runs) {
+    if (run.num_splits == 1) continue;
+    const AttentionParams p = params_of(g, run);
+    const Share mine = team.share(g.cache.kv_heads * run.num_tiles * run.tile_rows);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t first = i / run.tile_rows * run.num_splits;
+      const AttentionJob job = job_at(g, run, first, partials);
+      const int64_t row = job.row_begin + i % run.tile_rows;
+      if (row < job.row_end) kernels.combine(p, job, run.num_splits, partials.stride, row, scratch);
+    }
+  }
+}
+
+struct Shared {
+  Scratch partials;
+  std::vector<Run> runs;
+  Sizes sizes;
+  int64_t jobs = 0;
+  std::atomic<int64_t> next{0};
+};
+
+void attention_part(const Given& g, Shared& shared, const Team& team) {
+  static thread_local Scratch thread_scratch;
+  if (team.rank == 0) {
+    find_runs(g, shared.runs);
+    shared.sizes = sizes_of(g, shared.runs);
+    shared.jobs = shared.runs.back().first_job + shared.runs.back().jobs(g.cache.kv_heads);
+    shared.next = 0;
+    shared.partials.get(static_cast<size_t>(shared.jobs * shared.sizes.partial) * sizeof(float));
+  }
+  team.sync();
+  const Partials partials{reinterpret_cast<float*>(shared.partials.get(0)), shared.sizes.partial};
+  float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(shared.sizes.scratch) * 4));
+  // a run of splits reads on where the one before stopped, and finds its first keys prefetched
+  const int64_t chunk = std::max<int64_t>(1, shared.jobs / (4 * team.size));
+  for (int64_t begin; (begin = shared.next.fetch_add(chunk)) < shared.jobs;)
+    attend(g, shared.runs, scratch, partials, {begin, std::min(begin + chunk, shared.jobs)});
+  team.sync();
+  combine(g, shared.runs, scratch, partials, team);
+}
+
+void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, TensorView slot, double scale,
+                     TensorView out) {
+  Given g{};
+  g.cache = cache_shape(k, v);
+  check_cpu("q", q), check_cpu("out", out);
+  check_shape("q", q, {-1, -1, g.cache.dim});
+  check_contiguous("q", q);
+  check_same_dtype("q", q, "k", g.cache.dtype);
+  check_shape("out", out, {q.size(0), q.size(1) * g.cache.dim});
+  check_contiguous("out", out);
+  check_same_dtype("out", out, "k", g.cache.dtype);
+  g.tokens = q.size(0), g.heads = q.size(1);
+  if (g.cache.kv_heads == 0 || g.heads % g.cache.kv_heads != 0)
+    TVM_FFI_THROW(ValueError) << "k: expected a number of heads that divides q's " << g.heads << ", got "
+                              << g.cache.kv_heads;
+  g.rows = {nullptr, check_i32("seq", seq, g.tokens), check_i32("slot", slot, g.tokens)};
+  g.q = q.data_ptr(), g.k = k.data_ptr(), g.v = v.data_ptr(), g.out = out.data_ptr();
+  g.scale = static_cast<float>(scale);
+  check_rows(g.rows, g.tokens, 0, g.cache);
+  if (g.tokens == 0) return;
+  auto shared = std::make_shared<Shared>();
+  run_or_record([g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());
+}
+
+}  // namespace
+}  // namespace llmopt
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_attention, llmopt::cache_attention);

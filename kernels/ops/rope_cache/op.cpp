@@ -1,0 +1,57 @@
+#include "rope_cache.h"
+
+#include "cache_rows.h"
+#include "program.h"
+#include "tensor_check.h"
+
+namespace llmopt {
+namespace {
+
+using tvm::ffi::Optional;
+
+// floats below which a second thread is not worth waking
+constexpr int64_t kGrain = 16384;
+
+const float* head_norm(const char* name, const Optional<TensorView>& t, int64_t dim) {
+  if (!t.has_value()) return nullptr;
+  return check_floats(name, *t, {dim});
+}
+
+void rope_cache(TensorView qkv, Optional<TensorView> q_norm, Optional<TensorView> k_norm, double eps, TensorView cos,
+                TensorView sin, TensorView position, TensorView seq, TensorView slot, bool interleaved, TensorView q,
+                TensorView k, TensorView v) {
+  RopeCacheParams p{};
+  const CacheShape cache = cache_shape(k, v);
+  check_cpu("q", q);
+  check_shape("q", q, {-1, -1, cache.dim});
+  check_contiguous("q", q);
+  check_same_dtype("q", q, "k", cache.dtype);
+  p.tokens = q.size(0), p.heads = q.size(1), p.dim = cache.dim, p.kv_heads = cache.kv_heads;
+  if (p.dim > 512) TVM_FFI_THROW(ValueError) << "q: expected a head size of at most 512, got " << p.dim;
+  p.qkv = check_floats("qkv", qkv, {p.tokens, (p.heads + 2 * p.kv_heads) * p.dim});
+  p.qkv_stride = qkv.stride(0);
+  p.q_norm = head_norm("q_norm", q_norm, p.dim), p.k_norm = head_norm("k_norm", k_norm, p.dim);
+  p.eps = static_cast<float>(eps);
+  p.cos = check_floats("cos", cos, {-1, -1}), p.sin = check_floats("sin", sin, {cos.size(0), cos.size(1)});
+  check_contiguous("cos", cos), check_contiguous("sin", sin);
+  p.rotary = 2 * cos.size(1);
+  if (p.rotary > p.dim) TVM_FFI_THROW(ValueError) << "cos: expected at most " << p.dim / 2 << " columns";
+  p.position = check_i32("position", position, p.tokens);
+  p.seq = check_i32("seq", seq, p.tokens), p.slot = check_i32("slot", slot, p.tokens);
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+  p.seq_stride = cache.seq_stride, p.head_stride = cache.head_stride;
+  p.interleaved = interleaved, p.dtype = static_cast<int>(cache.dtype);
+  check_rows({p.position, p.seq, p.slot}, p.tokens, cos.size(0), cache);
+  const int64_t units = p.tokens * (p.heads + 2 * p.kv_heads);
+  run_or_record(
+      [p, units](const Team& team) {
+        const Share mine = team.share(units);
+        rope_cache_kernels(active_isa()).run(p, mine.begin, mine.end);
+      },
+      threads_for(units * p.dim, kGrain));
+}
+
+}  // namespace
+}  // namespace llmopt
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_cache, llmopt::rope_cache);
