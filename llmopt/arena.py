@@ -38,7 +38,7 @@ class WeightArena:
         if self.capacity < _SMALL_BYTES or start + size > self.capacity:
             return torch.empty(shape, dtype=torch.uint8)
         if self._block is None:
-            self._block = _huge_block(self.capacity)
+            self._block = huge_block(self.capacity)
         self._used = start + size
         return self._block[start : self._used].view(shape)
 
@@ -63,7 +63,8 @@ class WeightArena:
         )  # fmt: skip
 
 
-def _huge_block(size: int) -> torch.Tensor:
+def huge_block(size: int) -> torch.Tensor:
+    """Uninitialized uint8 memory that begins on a huge page, and takes no memory until written to."""
     block = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
     if native.available():
         native.library().advise_huge_pages(block)

@@ -12,6 +12,8 @@
 namespace llmopt {
 namespace {
 
+using tvm::ffi::Optional;
+
 // most rows of one job, and the fewest where there are many
 constexpr int64_t kMostRows = 192, kFewestRows = 48;
 // fewest keys of one job when keys are split, and jobs to cut the work into
@@ -22,14 +24,16 @@ struct Given {
   const void *k, *v;
   void* out;
   TokenRows rows;
+  const int32_t* start;  // first slot a sequence's rows may see
   int64_t tokens, heads;
   float scale;
   CacheShape cache;
 };
 
-// A run of rows: tokens [first, first + count) of one sequence, the last at slot `last`.
+// A run of rows: tokens [first, first + count) of one sequence, against its keys [start, start + keys), of which the last
+// row sees all.
 struct Run {
-  int64_t first, count, seq, last;
+  int64_t first, count, seq, start, keys;
   int64_t tile_rows, num_tiles, split_keys, num_splits;
   int64_t first_job;
 
@@ -42,10 +46,11 @@ AttentionParams params_of(const Given& g, const Run& run) {
   const auto at = [&](const void* base, int64_t i) { return static_cast<const char*>(base) + i * element; };
   const int64_t dim = g.cache.dim, width = g.heads * dim;
   p.batch = 1, p.heads = g.heads, p.kv_heads = g.cache.kv_heads;
-  p.tq = run.count, p.tk = run.last + 1, p.dim = p.dim_v = dim;
+  p.tq = run.count, p.tk = run.keys, p.dim = p.dim_v = dim;
   p.q = at(g.q, run.first * width);
   p.out = const_cast<char*>(at(g.out, run.first * width));
-  p.k = at(g.k, run.seq * g.cache.seq_stride), p.v = at(g.v, run.seq * g.cache.seq_stride);
+  const int64_t begin = run.seq * g.cache.seq_stride + run.start * dim;
+  p.k = at(g.k, begin), p.v = at(g.v, begin);
   p.q_stride = {0, dim, width};
   p.k_stride = p.v_stride = {0, g.cache.head_stride, dim};
   p.scale = g.scale, p.causal = true;
@@ -54,7 +59,7 @@ AttentionParams params_of(const Given& g, const Run& run) {
 
 // The cut follows from the shapes alone, so that any number of threads gives the same bits.
 void cut(const Given& g, int64_t runs, Run& run) {
-  const int64_t units = runs * g.cache.kv_heads, rows = run.count * (g.heads / g.cache.kv_heads), keys = run.last + 1;
+  const int64_t units = runs * g.cache.kv_heads, rows = run.count * (g.heads / g.cache.kv_heads), keys = run.keys;
   const int64_t tile = std::clamp((units * rows + kWantedJobs - 1) / kWantedJobs, kFewestRows, kMostRows);
   run.num_tiles = (rows + tile - 1) / tile;
   run.tile_rows = (rows + run.num_tiles - 1) / run.num_tiles;
@@ -70,11 +75,12 @@ void find_runs(const Given& g, std::vector<Run>& runs) {
   runs.clear();
   for (int64_t t = 0; t < g.tokens; ++t) {
     const int64_t seq = g.rows.seq[t], slot = g.rows.slot[t];
-    if (!runs.empty() && runs.back().seq == seq && runs.back().last + 1 == slot) {
+    const int64_t start = g.start ? g.start[seq] : 0;
+    if (!runs.empty() && runs.back().seq == seq && start + runs.back().keys == slot) {
       ++runs.back().count;
-      runs.back().last = slot;
+      ++runs.back().keys;
     } else {
-      runs.push_back({t, 1, seq, slot, 0, 0, 0, 0, 0});
+      runs.push_back({t, 1, seq, start, slot + 1 - start, 0, 0, 0, 0, 0});
     }
   }
   int64_t jobs = 0;
@@ -96,7 +102,7 @@ AttentionJob job_at(const Given& g, const Run& run, int64_t index, const Partial
   const int64_t row = tile * run.tile_rows, key = split * run.split_keys;
   const int64_t rows = run.count * (g.heads / g.cache.kv_heads);
   float* partial = run.num_splits > 1 ? partials.data + (run.first_job + index) * partials.stride : nullptr;
-  return {0,      head, row, std::min(row + run.tile_rows, rows), key, std::min(key + run.split_keys, run.last + 1),
+  return {0,      head, row, std::min(row + run.tile_rows, rows), key, std::min(key + run.split_keys, run.keys),
           partial};
 }
 
@@ -172,8 +178,18 @@ void attention_part(const Given& g, Shared& shared, const Team& team) {
   combine(g, shared.runs, scratch, partials, team);
 }
 
-void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, TensorView slot, double scale,
-                     TensorView out) {
+const int32_t* first_slots(const Given& g, const Optional<TensorView>& start) {
+  if (!start.has_value()) return nullptr;
+  const int32_t* first = check_i32("start", *start, g.cache.sequences);
+  for (int64_t t = 0; !recording() && t < g.tokens; ++t)
+    if (first[g.rows.seq[t]] < 0 || first[g.rows.seq[t]] > g.rows.slot[t])
+      TVM_FFI_THROW(IndexError) << "start: expected values in [0, slot], got " << first[g.rows.seq[t]] << " for slot "
+                                << g.rows.slot[t];
+  return first;
+}
+
+void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, TensorView slot,
+                     Optional<TensorView> start, double scale, TensorView out) {
   Given g{};
   g.cache = cache_shape(k, v);
   check_cpu("q", q), check_cpu("out", out);
@@ -191,6 +207,7 @@ void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, T
   g.q = q.data_ptr(), g.k = k.data_ptr(), g.v = v.data_ptr(), g.out = out.data_ptr();
   g.scale = static_cast<float>(scale);
   check_rows(g.rows, g.tokens, 0, g.cache);
+  g.start = first_slots(g, start);
   if (g.tokens == 0) return;
   auto shared = std::make_shared<Shared>();
   run_or_record([g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());

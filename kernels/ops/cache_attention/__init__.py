@@ -1,0 +1,71 @@
+"""cache_attention: causal grouped-query attention of ragged rows over the preallocated KV cache.
+
+Rows of one sequence with slots that follow each other form one run: a chunk of a prompt, or the one token of a decode step.
+Each row sees its sequence's cache up to its own slot. Runs are cut into jobs over heads, rows and keys (FlashAttention-2 and
+flash decoding, on the loops of :mod:`llmopt.ops.attention`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmopt import native
+from llmopt.errors import InputError
+
+__all__ = ["cache_attention"]
+
+_LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
+_LIBRARY.define(
+    "cache_attention(Tensor q, Tensor k, Tensor v, Tensor seq, Tensor slot, Tensor? start, float scale, Tensor(a!) out) "
+    "-> ()"
+)
+
+
+def cache_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, seq: torch.Tensor, slot: torch.Tensor,
+    scale: float, start: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """``out[t] = softmax(scale * q[t] @ keys.T) @ values``: slots ``start .. slot[t]`` of sequence ``seq[t]``, head by head.
+
+    Args:
+        q: ``[T, H, D]`` of the cache's dtype, contiguous.
+        k: ``[S, Hk, C, D]`` float32, bfloat16 or float16, contiguous, Hk a divisor of H.
+        v: likewise.
+        out: ``[T, H * D]`` of the cache's dtype, contiguous, written.
+        seq: ``[T]`` int32, in ``[0, S)``.
+        slot: ``[T]`` int32, in ``[0, C)``.
+        scale: factor on the scores.
+        start: ``[S]`` int32, the first slot that a sequence's rows see (left padding lies before it), or None: 0.
+
+    Raises:
+        InputError: shapes or dtypes do not fit together.
+        IndexError: a sequence or slot is out of range.
+        NativeLibraryError: the compiled kernels are not installed.
+    """
+    args = (q, k, v, seq, slot, start, scale, out)
+    if torch.compiler.is_compiling():
+        torch.ops.llmopt.cache_attention(*args)
+    else:
+        _cpu(*args)
+
+
+def _cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor,
+    start: torch.Tensor | None, scale: float, out: torch.Tensor,
+) -> None:  # fmt: skip
+    try:
+        native.library().cache_attention(q, k, v, seq, slot, start, scale, out)
+    except ValueError as error:
+        raise InputError(f"cache_attention: {error}") from None
+
+
+def _fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor,
+    start: torch.Tensor | None, scale: float, out: torch.Tensor,
+) -> None:  # fmt: skip
+    width = q.shape[1] * q.shape[2]
+    torch._check(out.shape == (q.shape[0], width), lambda: f"out: expected shape {(q.shape[0], width)}")
+
+
+_LIBRARY.impl("cache_attention", _cpu, "CPU")
+torch.library.register_fake("llmopt::cache_attention", _fake, lib=_LIBRARY)

@@ -1,0 +1,79 @@
+"""rope_cache: qk-norm, rotary embedding and the write into the KV cache, from the merged q/k/v product.
+
+Rows are tokens of any sequences in any order: each has its rope position, its sequence and its slot in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmopt import native
+from llmopt.errors import InputError
+
+__all__ = ["rope_cache"]
+
+_LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
+_LIBRARY.define(
+    "rope_cache(Tensor qkv, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, Tensor sin, Tensor position, "
+    "Tensor seq, Tensor slot, bool interleaved, Tensor(a!) q, Tensor(b!) k, Tensor(c!) v) -> ()"
+)
+
+
+def rope_cache(
+    qkv: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cos: torch.Tensor, sin: torch.Tensor,
+    position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool = False,
+    q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """Normalize and rotate the heads of q and k, write k and v to the cache, and q beside it.
+
+    Args:
+        qkv: ``[T, (H + 2 Hk) * D]`` float32, the heads of q, then k, then v.
+        q: ``[T, H, D]`` of the cache's dtype, written.
+        k: ``[S, Hk, C, D]`` float32, bfloat16 or float16, contiguous; ``k[seq[t], :, slot[t]]`` is written.
+        v: likewise.
+        cos: ``[positions, R / 2]`` float32, R even and at most D: the first R values of a head are rotated.
+        sin: likewise.
+        position: ``[T]`` int32, rows of cos and sin.
+        seq: ``[T]`` int32, in ``[0, S)``.
+        slot: ``[T]`` int32, in ``[0, C)``.
+        interleaved: rotate pairs ``(2i, 2i + 1)`` instead of ``(i, i + R / 2)``.
+        q_norm: ``[D]`` float32 weight of an RMSNorm on each head of q, or None.
+        k_norm: the same for k.
+        eps: of both norms.
+
+    Raises:
+        InputError: shapes or dtypes do not fit together.
+        IndexError: a position, sequence or slot is out of range.
+        NativeLibraryError: the compiled kernels are not installed.
+    """
+    args = (qkv, q_norm, k_norm, eps, cos, sin, position, seq, slot, interleaved, q, k, v)
+    if torch.compiler.is_compiling():
+        torch.ops.llmopt.rope_cache(*args)
+    else:
+        _cpu(*args)
+
+
+def _cpu(
+    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, cos: torch.Tensor,
+    sin: torch.Tensor, position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+) -> None:  # fmt: skip
+    try:
+        native.library().rope_cache(
+            qkv, q_norm, k_norm, eps, cos, sin, position, seq, slot, interleaved, q, k, v
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"rope_cache: {error}") from None
+
+
+def _fake(
+    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, cos: torch.Tensor,
+    sin: torch.Tensor, position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+) -> None:  # fmt: skip
+    width = (q.shape[1] + 2 * k.shape[1]) * q.shape[2]
+    torch._check(qkv.shape == (q.shape[0], width), lambda: f"qkv: expected shape {(q.shape[0], width)}")
+
+
+_LIBRARY.impl("rope_cache", _cpu, "CPU")
+torch.library.register_fake("llmopt::rope_cache", _fake, lib=_LIBRARY)

@@ -1,0 +1,118 @@
+"""fuse_kernels: the decoder as a few fused ops a layer, and a recorded decode step behind ``generate``.
+
+The engine (:mod:`llmopt.runtime`) reads the modules as they are when the pass is switched on: packed by quantize_gptq or
+plain. Weights stay where they are; what is replaced is the stack's ``forward``, the head's, and generate's inner loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from llmopt import native
+from llmopt.errors import InputError, UnsupportedModelError
+from llmopt.models.base import ResolvedModel
+from llmopt.passes.base import Applied, Coverage, Pass, PassContext, Patch, Phase, Swap, Verdict
+
+__all__ = ["FuseKernels"]
+
+_KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class FuseKernels(Pass):
+    """Fused kernels and the decode loop.
+
+    Args:
+        kv_dtype: of the KV cache: "bf16", "fp16" or "fp32"; None: the model's dtype.
+    """
+
+    name: ClassVar[str] = "fuse_kernels"
+    phase: ClassVar[Phase] = Phase.FUSE
+
+    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype is not None and self.kv_dtype not in _KV_DTYPES:
+            raise InputError.argument("kv_dtype", expected=f"None or {' | '.join(_KV_DTYPES)}", got=self.kv_dtype)
+
+    def check(self, ctx: PassContext) -> Verdict:
+        if ctx.device.type != "cpu":
+            return Verdict(False, f"no fused kernels for {ctx.device.type}")
+        if not native.available():
+            return Verdict(False, "needs the compiled kernels")
+        from llmopt.runtime.engine import Engine
+
+        try:
+            Engine(ctx.resolved)
+        except UnsupportedModelError as error:
+            return Verdict(False, str(error))
+        return Verdict(True)
+
+    def apply(self, ctx: PassContext) -> Applied:
+        from llmopt.runtime.forward import FusedForward
+        from llmopt.runtime.generate import Generation
+
+        resolved, fallbacks = ctx.resolved, dict[str, int]()
+        model: Any = resolved.model
+        current = _Current(resolved)
+        stack = model.get_submodule(resolved.family.layers.rpartition(".")[0])
+        kv_dtype = None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
+        generation = Generation(model, current.get, kv_dtype)
+        # the head as given and the one that stands there now: other passes' patches may be off while this one is on
+        heads: dict[int, nn.Module] = {
+            id(head): head for head in (resolved.head.module, getattr(resolved.head.parent, resolved.head.attr))
+        }
+        swaps = [
+            Swap(stack, "forward", FusedForward(stack, current.get, fallbacks)),
+            *(Swap(head, "forward", _FusedHead(head, current.get)) for head in heads.values()),
+            Swap(model, "_sample", generation.sample),
+            Swap(model, "_prepare_cache_for_generation", generation.prepare_cache),
+        ]
+        coverage = Coverage(
+            touched=len(resolved.layers),
+            implementations={
+                "decoder layers": "fused CPU kernels",
+                "generate": "recorded decode step",
+                "kv cache": str(kv_dtype or resolved.dtype).removeprefix("torch."),
+            },
+        )
+        return Applied(Patch(swaps, on_enable=current.forget), coverage, {"fallbacks_to_own_forward": fallbacks})
+
+
+class _Current:
+    """The engine for the modules as they are now: made when first asked for, forgotten when patches change."""
+
+    def __init__(self, resolved: ResolvedModel) -> None:
+        self._resolved = resolved
+        self._engine: Any = None
+
+    def get(self) -> Any:
+        if self._engine is None:
+            from llmopt.runtime.engine import Engine
+
+            self._engine = Engine(self._resolved)
+        return self._engine
+
+    def forget(self) -> None:
+        self._engine = None
+
+
+class _FusedHead:
+    """The head's ``forward``: float32 in, float32 logits out, whatever the weight."""
+
+    def __init__(self, head: nn.Module, engine: Any) -> None:
+        self._own, self._engine = head.forward, engine
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        from llmopt.runtime.linear import linears
+
+        if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+            return self._own(x)
+        engine = self._engine()
+        out = torch.empty(*x.shape[:-1], engine.vocab_size)
+        linears(x.reshape(-1, x.shape[-1]), (engine.head,), out.view(-1, engine.vocab_size))
+        return out

@@ -1,0 +1,1 @@
+"""What runs a fused model: the KV cache, the decoder as calls of our ops, and the loop behind ``generate``."""

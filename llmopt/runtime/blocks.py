@@ -1,0 +1,119 @@
+"""The halves of a decoder layer as calls of our ops: attention over the cache, and the MLP.
+
+Each block holds its weights and adds its result to the residual stream ``h`` [T, H], float32, in place. It takes its buffers
+from a workspace, so that a recorded step finds them where they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmopt.errors import UnsupportedModelError
+from llmopt.models.base import ModelFamily, ResolvedLayer
+from llmopt.ops.cache_attention import cache_attention
+from llmopt.ops.fused_linear import Weight
+from llmopt.ops.rope_cache import rope_cache
+from llmopt.runtime.cache import KVCache
+from llmopt.runtime.linear import linears
+from llmopt.runtime.rows import Rows
+from llmopt.runtime.weights import norm_of, weight_of
+
+
+class Workspace:
+    """Buffers by name and shape, made once: the next layer uses those of the one before."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A buffer of this shape and dtype; its contents are whatever was there."""
+        found = self._buffers.get(name)
+        if found is None or found.shape != shape or found.dtype != dtype:
+            found = self._buffers[name] = torch.empty(shape, dtype=dtype)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Tables of the rotary embedding, ``[positions, R / 2]`` float32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a block needs beside its weights and the residual stream."""
+
+    rows: Rows
+    cache: KVCache
+    rope: Rope
+    work: Workspace
+
+
+class GqaBlock:
+    """Grouped-query attention: norm and merged q/k/v, qk-norm with rope and cache write, attention, output with residual."""
+
+    def __init__(self, layer: ResolvedLayer, family: ModelFamily, config: Any) -> None:
+        attention = layer.attention
+        names = [name for stage in family.attention.stages for name in stage]
+        self.qkv = tuple(weight_of(_now(attention, n), f"{layer.name}.{n}") for n in names[:3])
+        self.output = weight_of(_now(attention, names[3]), f"{layer.name}.{names[3]}")
+        self.index = layer.index
+        self.norm, self.eps = norm_of(layer.input_norm)
+        self.q_norm = self.k_norm = None
+        self.head_eps = 0.0
+        if family.attention.qk_norms:
+            q_norm, k_norm = (getattr(attention, name) for name in family.attention.qk_norms)
+            (self.q_norm, self.head_eps), (self.k_norm, _) = norm_of(q_norm), norm_of(k_norm)
+        self.head_dim = int(attention.head_dim)
+        self.heads = self.qkv[0].rows // self.head_dim
+        self.kv_heads = self.qkv[1].rows // self.head_dim
+        self.scale = float(attention.scaling)
+
+    def run(self, h: torch.Tensor, ctx: Context) -> None:
+        """``h += attention(norm(h))``, keys and values written to the cache."""
+        tokens, work, dtype = h.shape[0], ctx.work, ctx.cache.dtype
+        qkv = work.get("qkv", tokens, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        q = work.get("q", tokens, self.heads, self.head_dim, dtype=dtype)
+        out = work.get("attention", tokens, self.heads * self.head_dim, dtype=dtype)
+        keys, values, rows = ctx.cache.keys[self.index], ctx.cache.values[self.index], ctx.rows
+        linears(h, self.qkv, qkv, norm=self.norm, eps=self.eps)
+        rope_cache(
+            qkv, q, keys, values, cos=ctx.rope.cos, sin=ctx.rope.sin, position=rows.position, seq=rows.seq,
+            slot=rows.slot, interleaved=ctx.rope.interleaved, q_norm=self.q_norm, k_norm=self.k_norm,
+            eps=self.head_eps,
+        )  # fmt: skip
+        cache_attention(
+            q, keys, values, out, seq=rows.seq, slot=rows.slot, start=ctx.cache.start, scale=self.scale
+        )  # fmt: skip
+        linears(out, (self.output,), h, mode="add")
+
+
+class MlpBlock:
+    """Gated MLP: norm and SwiGLU in one op, down projection with residual in another."""
+
+    def __init__(self, layer: ResolvedLayer, family: ModelFamily) -> None:
+        spec = family.mlp
+        self.norm, self.eps = norm_of(layer.post_norm)
+        self.gate_up: tuple[Weight, ...] = tuple(
+            weight_of(_now(layer.mlp, name), f"{layer.name}.{name}") for name in (spec.gate, spec.up)
+        )
+        self.down = weight_of(_now(layer.mlp, spec.down), f"{layer.name}.{spec.down}")
+        if any(w.bias is not None for w in self.gate_up):
+            raise UnsupportedModelError(f"{layer.name}: an MLP with biases")
+
+    def run(self, h: torch.Tensor, ctx: Context) -> None:
+        """``h += down(silu(gate(norm(h))) * up(norm(h)))``."""
+        act = ctx.work.get("mlp", h.shape[0], self.gate_up[0].rows)
+        linears(h, self.gate_up, act, norm=self.norm, eps=self.eps, mode="swiglu")
+        linears(act, (self.down,), h, mode="add")
+
+
+def _now(parent: Any, name: str) -> Any:
+    """The module that stands there now: a pass may have replaced the one that was resolved."""
+    return getattr(parent, name)

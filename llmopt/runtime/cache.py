@@ -1,0 +1,159 @@
+"""The preallocated KV cache: contiguous keys and values a head, in huge pages, that still is a transformers ``Cache``.
+
+A step writes its token in place and reads what is there: nothing is copied, and nothing allocated until the capacity is
+used up. The slots are those of transformers' own caches, padding included, so that a layer's own forward can use it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from llmopt.arena import huge_block
+from llmopt.errors import InputError
+
+_GROWTH = 256  # slots; a cache that must grow doubles, and never by less
+
+
+class KVLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer: ``[S, Hk, C, D]`` buffers of which the first ``seen`` slots are filled."""
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, cache: KVCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index, self.seen = cache, index, 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        return None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new states behind those seen, and return views of all of them: for a layer's own forward."""
+        end = self.seen + key_states.shape[-2]
+        self.cache.reserve(end)
+        keys, values = self.cache.keys[self.index], self.cache.values[self.index]
+        keys[:, :, self.seen : end] = key_states
+        values[:, :, self.seen : end] = value_states
+        self.seen = end
+        return keys[:, :, :end].to(key_states.dtype), values[:, :, :end].to(value_states.dtype)
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        queries = query_length if isinstance(query_length, int) else int(query_length.shape[0])
+        return self.seen + queries, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.seen = 0
+
+    def crop(self, max_length: int) -> None:
+        self.seen = min(self.seen, max_length if max_length >= 0 else self.seen + max_length)
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """Keys and values of all layers.
+
+    Args:
+        sequences: S.
+        layers: number of layers.
+        kv_heads: Hk.
+        head_dims: sizes of a key and of a value.
+        capacity: slots a sequence; more are allocated when needed.
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self, sequences: int, layers: int, kv_heads: int, head_dims: tuple[int, int], capacity: int, dtype: torch.dtype
+    ) -> None:
+        self.sequences, self.kv_heads, self.head_dims, self.dtype = sequences, kv_heads, head_dims, dtype
+        self.capacity = 0
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.start = torch.zeros(sequences, dtype=torch.int32)  # first slot of each sequence that is no padding
+        self.step: Any = None  # the decode step recorded over these buffers, while a generate call has both
+        super().__init__(layers=[KVLayer(self, i) for i in range(layers)])
+        self.reserve(capacity)
+
+    @property
+    def length(self) -> int:
+        """Slots filled, padding included."""
+        return int(self.layers[0].seen)
+
+    @length.setter
+    def length(self, value: int) -> None:
+        for layer in self.layers:
+            layer.seen = value
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` slots; what is there is kept."""
+        if capacity <= self.capacity:
+            return
+        if self.capacity:
+            capacity = max(capacity, 2 * self.capacity, self.capacity + _GROWTH)
+        used = max(layer.seen for layer in self.layers)
+        old = [*self.keys, *self.values]
+        self.keys, self.values = self._allocate(capacity)
+        for before, now in zip(old, [*self.keys, *self.values], strict=False):
+            now[:, :, :used] = before[:, :, :used]
+        self.capacity = capacity
+
+    def _allocate(self, capacity: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        shapes = [(self.sequences, self.kv_heads, capacity, dim) for dim in self.head_dims]
+        sizes = [self.sequences * self.kv_heads * capacity * dim for dim in self.head_dims]
+        block = huge_block(sum(sizes) * len(self.layers) * self.dtype.itemsize).view(self.dtype)
+        parts = block.split(sizes * len(self.layers))
+        return [k.view(shapes[0]) for k in parts[::2]], [v.view(shapes[1]) for v in parts[1::2]]
+
+    # ---- what transformers asks of a cache beyond its layers
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first ``max_length`` slots."""
+        for layer in self.layers:
+            layer.crop(max_length)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.length = 0
+        self.start.zero_()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Sequence i becomes what sequence ``beam_idx[i]`` was."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence ``repeats`` times."""
+        self._select(torch.arange(self.sequences).repeat_interleave(repeats))
+
+    def _select(self, indices: torch.Tensor) -> None:
+        if indices.dim() != 1:
+            raise InputError.argument("indices", expected="one dimension", got=list(indices.shape))
+        length = self.length
+        if len(indices) == self.sequences:
+            for tensor in (*self.keys, *self.values):
+                tensor[:, :, :length] = tensor[indices, :, :length]
+            self.start = self.start[indices]
+            return
+        old: Sequence[torch.Tensor] = (*self.keys, *self.values)
+        self.sequences = len(indices)
+        self.keys, self.values = self._allocate(self.capacity)
+        for before, now in zip(old, (*self.keys, *self.values), strict=True):
+            now[:, :, :length] = before[indices, :, :length]
+        self.start = self.start[indices]

@@ -1,0 +1,162 @@
+"""The ``forward`` that a fused decoder stack has: transformers' signature, our engine inside.
+
+What the engine does not cover goes through the stack's own forward, with the same modules, and is counted by reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmopt.runtime.cache import KVCache
+from llmopt.runtime.engine import Engine
+from llmopt.runtime.rows import Rows
+
+_LOG = logging.getLogger("llmopt")
+
+
+class FusedForward:
+    """Stands in for ``model.model.forward``.
+
+    Args:
+        stack: the decoder stack (``model.model``).
+        engine: gives the engine for the modules as they are now.
+        fallbacks: reason -> calls that went through the stack's own forward.
+    """
+
+    def __init__(self, stack: nn.Module, engine: Callable[[], Engine], fallbacks: dict[str, int]) -> None:
+        self._stack, self._engine, self._fallbacks = stack, engine, fallbacks
+        self._own = stack.forward
+
+    def __call__(
+        self, input_ids: torch.Tensor | None = None, attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None, past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        use_cache = self._stack.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
+        reason, keep = self._uncovered(input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
+        if reason:
+            self._count(reason)
+            return self._own(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        return self._run(input_ids, inputs_embeds, position_ids, past_key_values, use_cache, keep)
+
+    @torch.no_grad()
+    def _run(
+        self, ids: torch.Tensor | None, embeds: torch.Tensor | None, position_ids: torch.Tensor | None,
+        cache: KVCache | None, use_cache: bool, keep: torch.Tensor | None,
+    ) -> Any:  # fmt: skip
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        engine = self._engine()
+        given = ids if ids is not None else embeds
+        assert given is not None
+        batch, tokens = given.shape[:2]
+        past = cache.length if cache is not None else 0
+        if cache is None:
+            cache = engine.new_cache(batch, past + tokens)
+        cache.reserve(past + tokens)
+        if past == 0:
+            cache.start.zero_()
+            if keep is not None:
+                cache.start.copy_(keep.int().argmax(-1))
+        rows = Rows.of_batch(batch, tokens, past, position_ids, keep)
+        h = torch.zeros(batch * tokens, engine.hidden_size)
+        if ids is not None:
+            engine.embed(ids.reshape(-1), h)
+        else:
+            h.copy_(given.reshape(batch * tokens, -1))
+        some = h if keep is None else h[keep.reshape(-1)]
+        positions = past + tokens if position_ids is None else int(position_ids.max()) + 1
+        engine.hidden(some, rows, cache, positions, self._hooks(batch, tokens, keep))
+        if keep is not None:
+            h.zero_()
+            h[keep.reshape(-1)] = some
+        cache.length = past + tokens
+        out = nn.functional.rms_norm(h, (h.shape[1],), engine.norm, engine.eps).view(batch, tokens, -1)
+        return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=cache if use_cache else None)
+
+    def _hooks(self, batch: int, tokens: int, keep: torch.Tensor | None) -> Callable[[int, torch.Tensor], None] | None:
+        """Runs the forward hooks on the decoder layers, if there are any."""
+        layers: Any = self._stack.layers
+        if not any(layer._forward_hooks for layer in layers):
+            return None
+
+        def call(index: int, h: torch.Tensor) -> None:
+            layer, shown = layers[index], h
+            if keep is not None:
+                shown = torch.zeros(batch * tokens, h.shape[1])
+                shown[keep.reshape(-1)] = h
+            shown = shown.view(batch, tokens, -1)
+            for hook in list(layer._forward_hooks.values()):
+                changed = hook(layer, (shown,), shown)
+                if changed is not None:
+                    shown = changed[0] if isinstance(changed, tuple) else changed
+                    flat = shown.reshape(batch * tokens, -1)
+                    h.copy_(flat if keep is None else flat[keep.reshape(-1)])
+
+        return call
+
+    def _uncovered(
+        self, ids: torch.Tensor | None, embeds: torch.Tensor | None, mask: Any, cache: Any, kwargs: dict[str, Any]
+    ) -> tuple[str, torch.Tensor | None]:  # fmt: skip
+        """Why a call goes through the stack's own forward, or ''; and which tokens are no padding (None: all)."""
+        given = ids if ids is not None else embeds
+        if given is None or (ids is not None and embeds is not None):
+            return "neither input_ids nor inputs_embeds alone", None
+        if given.device.type != "cpu":
+            return f"inputs on {given.device.type}", None
+        if cache is not None and not isinstance(cache, KVCache):
+            return f"a {type(cache).__name__} instead of llmopt's cache", None
+        if cache is not None and cache.sequences != given.shape[0]:
+            return "a cache of another batch size", None
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            return "attention weights or hidden states are asked for", None
+        if torch.is_grad_enabled() and (embeds is not None and embeds.requires_grad or self._stack.training):
+            return "gradients are wanted", None
+        if _hooked_inside(self._stack):
+            return "hooks on modules inside the decoder layers", None
+        return visible_tokens(mask, given.shape[1], cache)
+
+    def _count(self, reason: str) -> None:
+        if reason not in self._fallbacks:
+            self._fallbacks[reason] = 0
+            _LOG.warning("fuse_kernels: the model's own layers run where there is %s", reason)
+        self._fallbacks[reason] += 1
+
+
+def visible_tokens(mask: Any, tokens: int, cache: KVCache | None) -> tuple[str, torch.Tensor | None]:
+    """Why a mask is not covered, or ''; and which of the new tokens are no padding (None: all)."""
+    past = cache.length if cache is not None else 0
+    if mask is None:
+        started = cache is not None and past > 0 and bool(cache.start.any())
+        return ("no mask for a cache that holds padding" if started else ""), None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return "a mask that is not [batch, tokens]", None
+    if mask.shape[1] != past + tokens:
+        return "a mask of another length than the tokens", None
+    visible = mask.bool()
+    start = visible.int().argmax(-1).to(torch.int32)
+    # each sequence: padding, then tokens without a hole up to the end
+    if not torch.equal(visible.sum(-1), mask.shape[1] - start) or not visible[:, -1].all():
+        return "padding on the right or holes in the mask", None
+    if past > 0 and cache is not None and not torch.equal(start, cache.start):
+        return "a mask that hides cached tokens", None
+    return "", (None if past > 0 or not start.any() else visible)
+
+
+def _hooked_inside(stack: nn.Module) -> bool:
+    layers: Any = stack.layers
+    for layer in layers:
+        if layer._forward_pre_hooks:
+            return True
+        for module in layer.modules():
+            if module is not layer and (module._forward_hooks or module._forward_pre_hooks):
+                return True
+    return False

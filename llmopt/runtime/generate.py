@@ -1,0 +1,263 @@
+"""The loop behind ``generate``: a recorded step, and a few Python calls a token.
+
+transformers prepares everything (arguments, processors, stopping criteria, cache) and calls ``_sample``, for greedy search
+and for sampling; this takes its place. Beam search and what else is not covered stay transformers' own, on the same modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmopt.runtime.cache import KVCache
+from llmopt.runtime.engine import Engine
+from llmopt.runtime.forward import visible_tokens
+from llmopt.runtime.rows import Rows
+from llmopt.runtime.step import DecodeStep
+
+
+class Generation:
+    """Stands in for ``model._sample`` and ``model._prepare_cache_for_generation``.
+
+    Args:
+        model: the causal LM.
+        engine: gives the engine for the modules as they are now.
+        kv_dtype: of the cache, or None: the model's.
+    """
+
+    def __init__(self, model: Any, engine: Callable[[], Engine], kv_dtype: torch.dtype | None) -> None:
+        self._model, self._engine, self._kv_dtype = model, engine, kv_dtype
+        self._own_sample = model._sample
+        self._own_prepare = model._prepare_cache_for_generation
+        self._idle: list[DecodeStep] = []
+
+    # ---- the cache
+
+    def prepare_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+        max_cache_length: int, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Give ``generate`` our cache where it would make a plain dynamic one."""
+        plain = (
+            model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation in (None, "dynamic")
+            and not args
+            and not kwargs
+        )
+        if not plain or getattr(generation_config, "is_assistant", False):
+            return self._own_prepare(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+            )
+        sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        model_kwargs["past_key_values"] = self._take_cache(sequences, max_cache_length + 1)
+        return None
+
+    def _take_cache(self, sequences: int, capacity: int) -> KVCache:
+        for index, step in enumerate(self._idle):
+            if step.cache.sequences == sequences and step.capacity >= capacity and step.fits(step.cache):
+                cache = step.cache
+                cache.reset()
+                cache.step = self._idle.pop(index)
+                return cache
+        return self._engine().new_cache(sequences, capacity, self._kv_dtype)
+
+    # ---- the loop
+
+    def sample(
+        self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+        synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """``GenerationMixin._sample`` with the same arguments and results."""
+        cache = model_kwargs.get("past_key_values")
+        if _uncovered(generation_config, synced_gpus, input_ids, model_kwargs):
+            return self._own_sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
+                streamer=streamer, **model_kwargs,
+            )  # fmt: skip
+        loop = _Loop(self._engine(), cache, input_ids, model_kwargs, generation_config)
+        result = loop.run(logits_processor, stopping_criteria, streamer)
+        if not (generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)):
+            self._idle = [loop.step]
+        return result
+
+
+def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[str, Any]) -> str:
+    """Why the loop cannot serve a call, or ''."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, KVCache) or kwargs.get("use_cache") is False:
+        return "no cache of ours"
+    if synced_gpus or getattr(config, "is_assistant", False) or config.prefill_chunk_size is not None:
+        return "synced GPUs, an assistant model or chunked prefill"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "attention weights or hidden states are asked for"
+    if kwargs.get("inputs_embeds") is not None or ids.device.type != "cpu" or ids.shape[0] != cache.sequences:
+        return "embeddings, another device or another batch size"
+    if ids.shape[1] <= cache.length or kwargs.get("position_ids") is not None and cache.length:
+        return "no new tokens"
+    return visible_tokens(kwargs.get("attention_mask"), ids.shape[1] - cache.length, cache)[0]
+
+
+class _Loop:
+    """One call of ``sample``."""
+
+    def __init__(
+        self, engine: Engine, cache: KVCache, input_ids: torch.Tensor, kwargs: dict[str, Any], config: Any
+    ) -> None:
+        self.engine, self.cache, self.config = engine, cache, config
+        self.prompt = input_ids.shape[1]
+        self.ids, self.length = input_ids, self.prompt
+        self.mask = kwargs.get("attention_mask")
+        self.scores: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
+        config = self.config
+        limit = min((c.max_length for c in criteria if hasattr(c, "max_length")), default=None)
+        if limit is None:
+            limit = self.prompt + 4096
+        buffer = torch.empty(self.ids.shape[0], max(limit, self.prompt + 1), dtype=torch.int64)
+        buffer[:, : self.prompt] = self.ids
+        self.ids = buffer
+        logits = self._prefill()
+        self.step = self._step(limit)
+        finish = _Finish(criteria, config, buffer)
+        plain = not config.do_sample and not config.return_dict_in_generate and _only_delays_end(processors)
+        while True:
+            tokens = self._greedy(logits) if plain else None
+            if tokens is None or len(processors) and finish.holds_end(tokens):
+                tokens = self._choose(logits, processors)
+            tokens = finish.pad(tokens)
+            if self.length == self.ids.shape[1]:
+                self.ids = finish.ids = torch.cat([self.ids, torch.empty_like(self.ids)], -1)
+            self.ids[:, self.length] = tokens
+            self.length += 1
+            done = finish.after(tokens, self.length, tuple(self.scores) or None)
+            if streamer is not None:
+                streamer.put(tokens)
+            if done:
+                break
+            logits = self._decode(tokens)
+        if streamer is not None:
+            streamer.end()
+        self.cache.step = None
+        return self._result()
+
+    def _prefill(self) -> torch.Tensor:
+        """Run the tokens the cache does not hold yet; logits of the last of each sequence."""
+        engine, cache, past = self.engine, self.cache, self.cache.length
+        new = self.ids[:, past : self.prompt]
+        batch, tokens = new.shape
+        _, keep = visible_tokens(self.mask, tokens, cache)
+        positions = None
+        if self.mask is not None:
+            positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        cache.reserve(self.prompt + 1)
+        if past == 0:
+            cache.start.zero_()
+            if keep is not None:
+                cache.start.copy_(keep.int().argmax(-1))
+        rows = Rows.of_batch(batch, tokens, past, positions, keep)
+        h = torch.empty(len(rows), engine.hidden_size)
+        engine.embed(new[keep] if keep is not None else new.reshape(-1), h)
+        engine.hidden(h, rows, cache, self.prompt)
+        cache.length = self.prompt
+        counts = torch.full((batch,), tokens) if keep is None else keep.sum(-1)
+        logits = torch.empty(batch, engine.vocab_size)
+        engine.logits(h[counts.cumsum(0) - 1], logits)
+        return logits
+
+    def _step(self, limit: int) -> DecodeStep:
+        self.cache.reserve(min(limit, self.prompt + 4096) + 1)
+        step: DecodeStep | None = getattr(self.cache, "step", None)
+        if step is None or not step.fits(self.cache):
+            step = DecodeStep(self.engine, self.cache)
+        step.start(self.cache.length - self.cache.start)
+        return step
+
+    def _greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.step.ids if logits is self.step.logits else logits.argmax(-1)
+
+    def _choose(self, logits: torch.Tensor, processors: Any) -> torch.Tensor:
+        config = self.config
+        keep = config.return_dict_in_generate
+        raw = logits.clone() if logits is self.step.logits else logits
+        scores = processors(self.ids[:, : self.length], raw.clone() if keep and config.output_logits else raw)
+        if keep and config.output_scores:
+            self.scores.append(scores)
+        if keep and config.output_logits:
+            self.logits.append(raw)
+        if config.do_sample:
+            return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+        return scores.argmax(-1)
+
+    def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        cache = self.cache
+        if self.length > cache.capacity:
+            cache.reserve(self.length)
+            self.step = self._step(self.length)
+        if tokens is not self.step.ids:
+            self.step.ids.copy_(tokens)
+        self.step.run()
+        cache.length = self.length
+        return self.step.logits
+
+    def _result(self) -> Any:
+        ids = self.ids[:, : self.length].clone()
+        if not self.config.return_dict_in_generate:
+            return ids
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        return GenerateDecoderOnlyOutput(
+            sequences=ids, scores=tuple(self.scores) if self.config.output_scores else None,
+            logits=tuple(self.logits) if self.config.output_logits else None, past_key_values=self.cache,
+        )  # fmt: skip
+
+
+def _only_delays_end(processors: Any) -> bool:
+    """True when all that the processors may do is to forbid the end token for a while (``min_new_tokens``)."""
+    from transformers.generation.logits_process import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
+
+    return all(type(p) in (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor) for p in processors)
+
+
+class _Finish:
+    """Which sequences are done. The end token and the longest length are looked at here, other criteria are called."""
+
+    def __init__(self, criteria: Any, config: Any, ids: torch.Tensor) -> None:
+        from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+        self.ids = ids
+        self._lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+        self._ends = {int(t) for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.reshape(-1)}
+        self._others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        self._pads = any(hasattr(c, "eos_token_id") for c in criteria)
+        self._pad = config._pad_token_tensor
+        self._done = torch.zeros(ids.shape[0], dtype=torch.bool)
+        self._any_done = False
+
+    def holds_end(self, tokens: torch.Tensor) -> bool:
+        """True when an end token is among them."""
+        return not self._ends.isdisjoint(tokens.tolist())
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Sequences that are done continue with padding."""
+        if not self._any_done or not self._pads:
+            return tokens
+        return torch.where(self._done, self._pad, tokens)
+
+    def after(self, tokens: torch.Tensor, length: int, scores: Any) -> bool:
+        """True when every sequence is done."""
+        ended = [i for i, token in enumerate(tokens.tolist()) if token in self._ends] if self._ends else []
+        if ended:
+            self._done[ended] = True
+            self._any_done = True
+        if any(length >= most for most in self._lengths):
+            return True
+        for criterion in self._others:
+            self._done |= criterion(self.ids[:, :length], scores)
+            self._any_done = True
+        return self._any_done and bool(self._done.all())

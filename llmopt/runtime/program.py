@@ -1,0 +1,35 @@
+"""Records op calls and runs them again as one call (kernels/cpu/program.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llmopt import native
+
+
+class Program:
+    """Op calls with their tensors, to be run again and again.
+
+    A run reads and writes the tensors that were given when it was recorded: what changes from run to run is changed in them.
+    The GIL is released meanwhile. Programs of one process run one at a time: concurrent callers take turns, a run each.
+
+    Args:
+        calls: makes the op calls, once; only ops of the engine, nothing of torch's.
+        keep: whatever holds the tensors alive.
+    """
+
+    def __init__(self, calls: Callable[[], object], keep: Any) -> None:
+        library = native.library()
+        library.record_begin()
+        try:
+            calls()
+        except BaseException:
+            library.record_abort()
+            raise
+        self._run = library.record_end()
+        self._keep = keep
+
+    def run(self, times: int = 1) -> None:
+        """Run it, several times if asked."""
+        self._run(times)

@@ -1,0 +1,50 @@
+"""Rows: the tokens of a forward pass, each with its place in the cache and its rope position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class Rows:
+    """Tokens of any sequences. Those of one sequence stand together, in order.
+
+    Attributes:
+        position: ``[T]`` int32, for the rotary embedding.
+        seq: ``[T]`` int32, the cache's sequence.
+        slot: ``[T]`` int32, the place in that sequence.
+    """
+
+    position: torch.Tensor
+    seq: torch.Tensor
+    slot: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.seq)
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Rows]]:
+        """Pieces of up to ``size`` tokens, in order."""
+        for start in range(0, len(self), size):
+            part = slice(start, min(start + size, len(self)))
+            yield part, Rows(self.position[part], self.seq[part], self.slot[part])
+
+    @staticmethod
+    def of_batch(
+        batch: int, tokens: int, past: int, position_ids: torch.Tensor | None, keep: torch.Tensor | None
+    ) -> Rows:
+        """Rows of ``[batch, tokens]`` new tokens behind ``past`` slots.
+
+        Args:
+            batch, tokens: the shape.
+            past: slots filled before.
+            position_ids: ``[batch or 1, tokens]``, or None: the slots.
+            keep: ``[batch, tokens]`` bool, tokens that are no padding, or None: all.
+        """
+        slot = torch.arange(past, past + tokens, dtype=torch.int32).expand(batch, tokens)
+        seq = torch.arange(batch, dtype=torch.int32)[:, None].expand(batch, tokens)
+        position = slot if position_ids is None else position_ids.to(torch.int32).expand(batch, tokens)
+        parts = (position, seq, slot) if keep is None else (position[keep], seq[keep], slot[keep])
+        return Rows(*(x.reshape(-1).contiguous() for x in parts))
