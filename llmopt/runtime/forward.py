@@ -69,7 +69,7 @@ class FusedForward:
         rows = Rows.of_batch(batch, tokens, past, position_ids, keep)
         h = torch.zeros(batch * tokens, engine.hidden_size)
         if ids is not None:
-            engine.embed(ids.reshape(-1), h)
+            engine.embed(ids.reshape(-1).contiguous(), h)
         else:
             h.copy_(given.reshape(batch * tokens, -1))
         some = h if keep is None else h[keep.reshape(-1)]

@@ -162,7 +162,7 @@ class _Loop:
                 cache.start.copy_(keep.int().argmax(-1))
         rows = Rows.of_batch(batch, tokens, past, positions, keep)
         h = torch.empty(len(rows), engine.hidden_size)
-        engine.embed(new[keep] if keep is not None else new.reshape(-1), h)
+        engine.embed((new.reshape(-1) if keep is None else new[keep]).contiguous(), h)
         engine.hidden(h, rows, cache, self.prompt)
         cache.length = self.prompt
         counts = torch.full((batch,), tokens) if keep is None else keep.sum(-1)

@@ -15,7 +15,7 @@ from torch import nn
 from llmopt import native
 from llmopt.errors import InputError, UnsupportedModelError
 from llmopt.models.base import ResolvedModel
-from llmopt.passes.base import Applied, Coverage, Pass, PassContext, Patch, Phase, Swap, Verdict
+from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
 
 __all__ = ["FuseKernels"]
 
@@ -56,6 +56,7 @@ class FuseKernels(Pass):
         from llmopt.runtime.forward import FusedForward
         from llmopt.runtime.generate import Generation
 
+        ctx.emit(Event("progress", self.name, "fusing the decoder"))
         resolved, fallbacks = ctx.resolved, dict[str, int]()
         model: Any = resolved.model
         current = _Current(resolved)
