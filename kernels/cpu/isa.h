@@ -16,4 +16,10 @@ Isa active_isa();
 void force_isa(const std::string& name);
 const char* isa_name(Isa isa);
 
+// Whether products of bfloat16 pairs (vdpbf16ps of AVX512_BF16) beat float32 ones: twice as fast on AMD's processors,
+// slower than float32 on the Intel ones that have it, whose fast way is AMX. Go by the maker; tests may say otherwise.
+bool fast_bf16_dots();
+// "on", "off" or, with "auto", as the processor suggests. Throws where there is no such instruction.
+void force_bf16_dots(const std::string& name);
+
 }  // namespace llmopt
