@@ -76,8 +76,9 @@ class AttentionRows {
     if (reduce_max(bits) >= 0x7f800000) exact_row(row, o, width);
     const int64_t position = row / p_.group();
     const int64_t at = ((job_.b * p_.tq + position) * p_.heads + head_of(row, position)) * p_.dim_v;
-    for (int64_t d = 0; d < p_.dim_v; d += 16)
-      store_as_n<kDType>(p_.out, at + d, load(o + d), static_cast<int>(std::min<int64_t>(16, p_.dim_v - d)));
+    int64_t d = 0;
+    for (; d + 16 <= p_.dim_v; d += 16) store_as<kDType>(p_.out, at + d, load(o + d));
+    if (d < p_.dim_v) store_as_n<kDType>(p_.out, at + d, load(o + d), static_cast<int>(p_.dim_v - d));
   }
 
   const AttentionParams& p_;

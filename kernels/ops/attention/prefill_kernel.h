@@ -1,8 +1,9 @@
 // Attention of many queries in bfloat16 (Dao 2023, arXiv 2307.08691), once per instruction that multiplies it.
 //
 // 32 rows at a time pass over stretches of packed keys: scores, weights in their place as bfloat16, product with the values.
-// A row's weights are relative to the largest score it has seen; that seldom grows after the first stretches, and only then
-// are its sums scaled down.
+// A row's weights are relative to a score near the largest it has seen, its base. The base follows only when it is left
+// behind by more than kSlack (the threshold of FlashAttention-4): that is seldom after the first stretch, so the branch is
+// predicted and sums are hardly ever scaled, while a weight up to 2^8 is as exact as one up to 1.
 #pragma once
 
 #include <cstring>
@@ -11,6 +12,10 @@
 #include "prefill_math.h"
 
 namespace llmopt::LLMOPT_ISA {
+
+constexpr float kSlack = 8.0f;  // in units of log2
+// base of a row that has seen nothing: finite, so that a hidden score, -inf, has weight zero there too
+constexpr float kNoBase = -3.0e38f;
 
 // Product has, for the life of an object, what it needs of the processor, and
 //   block<kAdd>(a, lda, b, panel, step, steps, c, ldc): c[32, 32] (+)= a[32, 32 * steps] b[32 * steps, 32], where b's second
@@ -21,7 +26,8 @@ class Prefill : AttentionRows<1> {
   Prefill(const AttentionParams& params, const AttentionJob& job, const uint16_t* packed, float* scratch)
       : AttentionRows(params, job), layout_(params, job.row_end - job.row_begin), rows_(job.row_end - job.row_begin),
         packed_(packed), acc_(scratch), query_(reinterpret_cast<uint16_t*>(scratch + layout_.query)),
-        scores_(scratch + layout_.scores), sums_(scratch + layout_.sums), base_(sums_ + 16 * round_up(rows_, kBlock)) {}
+        scores_(scratch + layout_.scores), sums_(scratch + layout_.sums), base_(sums_ + 16 * round_up(rows_, kBlock)),
+        scale_(params.scale * 1.44269504f), slack_(kSlack / scale_) {}
 
   void run() {
     start();
@@ -34,6 +40,8 @@ class Prefill : AttentionRows<1> {
     for (int64_t key = first / kBlock * kBlock; key < last; key += kStretch) {
       for (int64_t r = 0; r < rows_; r += kBlock) attend(product, r, key, std::min(key + kStretch, last));
     }
+    for (int64_t r = 0; r < rows_; r += kBlock)
+      if (!(begun_ >> r / kBlock & 1)) std::fill_n(acc_ + r * layout_.width, kBlock * layout_.width, 0.0f);
     for (int64_t r = 0; r < rows_; ++r)
       write(job_.row_begin + r, acc_ + r * layout_.width, layout_.width, reduce_add(load(sums_ + 16 * r)));
   }
@@ -46,7 +54,8 @@ class Prefill : AttentionRows<1> {
   void start() {
     for (int64_t r = 0; r < round_up(rows_, kBlock); ++r) {
       uint16_t* out = query_ + r * layout_.depth;
-      std::memset(out, 0, static_cast<size_t>(layout_.depth) * 2);
+      if (r >= rows_ || layout_.depth > p_.dim + p_.dim_rope)
+        std::memset(out, 0, static_cast<size_t>(layout_.depth) * 2);
       if (r >= rows_) continue;
       const int64_t row = job_.row_begin + r, position = row / p_.group(), head = head_of(row, position);
       const Strides &s = p_.q_stride, &t = p_.q_rope_stride;
@@ -55,10 +64,8 @@ class Prefill : AttentionRows<1> {
       std::memcpy(out + round_up(p_.dim, kBlock), element<1>(p_.q_rope, job_.b * t.b + head * t.h + position * t.t),
                   static_cast<size_t>(p_.dim_rope) * 2);
     }
-    std::memset(acc_, 0, static_cast<size_t>(round_up(rows_, kBlock) * layout_.width) * sizeof(float));
     std::memset(sums_, 0, static_cast<size_t>(rows_ * 16) * sizeof(float));
-    // finite: a masked score, -inf, then has weight zero in a row that has seen nothing else
-    std::fill(base_, base_ + rows_, -3.0e38f);
+    std::fill(base_, base_ + rows_, kNoBase);
   }
 
   // rows [r, r + 32) against those of the keys [begin, end) that any of them may see
@@ -76,9 +83,19 @@ class Prefill : AttentionRows<1> {
       if (!whole) hide(row + i, (row + i) / p_.group(), first, last - first, n, s);
       weigh(r + i, s, n);
     }
-    const uint16_t* values = packed_at(first) + kBlock * layout_.depth;
+    const uint64_t bit = uint64_t{1} << r / kBlock;
+    if (begun_ & bit)
+      add_values<true>(product, r, first, n);
+    else
+      add_values<false>(product, r, first, n);
+    begun_ |= bit;
+  }
+
+  template <bool kAdd>
+  void add_values(const Product& product, int64_t r, int64_t key, int64_t n) {
+    const uint16_t* values = packed_at(key) + kBlock * layout_.depth;
     for (int64_t d = 0; d < layout_.width; d += kBlock)
-      product.template block<true>(reinterpret_cast<uint16_t*>(scores_), 2 * kScoreStride, values + d / 16 * kPanelStep,
+      product.template block<kAdd>(reinterpret_cast<uint16_t*>(scores_), 2 * kScoreStride, values + d / 16 * kPanelStep,
                                    kPanelStep, layout_.packed, n / kBlock, acc_ + r * layout_.width + d, layout_.width);
   }
 
@@ -90,8 +107,8 @@ class Prefill : AttentionRows<1> {
       more = max(load(s + j + 16), more);
     }
     top = max(top, more);
-    if (any_above(top, set1(base_[r]))) raise(r, reduce_max(top));
-    const F32x16 base = set1(base_[r]), scale = set1(p_.scale * 1.44269504f);
+    if (any_above(top, set1(base_[r] + slack_))) raise(r, reduce_max(top));
+    const F32x16 base = set1(base_[r]), scale = set1(scale_);
     F32x16 total = load(sums_ + 16 * r);
     uint16_t* out = reinterpret_cast<uint16_t*>(s);
     for (int64_t j = 0; j < n; j += 32) {
@@ -103,12 +120,16 @@ class Prefill : AttentionRows<1> {
   }
 
   // makes weights relative to a new largest score
-  [[gnu::noinline]] void raise(int64_t r, float top) {
-    const F32x16 keep = weight_of(set1(base_[r] - top), set1(p_.scale * 1.44269504f));
+  void raise(int64_t r, float top) {
+    const float before = base_[r];
+    base_[r] = top;
+    if (before != kNoBase) rescale(r, weight_of(set1(before - top), set1(scale_)));
+  }
+
+  [[gnu::noinline]] void rescale(int64_t r, F32x16 keep) {
     float* acc = acc_ + r * layout_.width;
     for (int64_t d = 0; d < layout_.width; d += 16) store(acc + d, mul(load(acc + d), keep));
     store(sums_ + 16 * r, mul(load(sums_ + 16 * r), keep));
-    base_[r] = top;
   }
 
   const PrefillLayout layout_;
@@ -117,6 +138,8 @@ class Prefill : AttentionRows<1> {
   float* const acc_;
   uint16_t* const query_;
   float *const scores_, *const sums_, *const base_;
+  const float scale_, slack_;  // scores to log2, and kSlack in units of scores
+  uint64_t begun_ = 0;         // a bit for each 32 rows whose accumulators hold something
 };
 
 // see PrefillKernels::pack

@@ -8,7 +8,7 @@
 
 namespace llmopt::LLMOPT_ISA {
 
-// 2^(x * scale) for x <= 0, relative error 1e-4: a twentieth of what rounding to bfloat16 does to it. Exactly 0 from
+// 2^(x * scale) for x * scale up to some 100, relative error 1e-4: a twentieth of what rounding to bfloat16 does to it. Exactly 0 from
 // -126 down; NaN stays NaN.
 inline F32x16 weight_of(F32x16 x, F32x16 scale) {
   // adding 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold
