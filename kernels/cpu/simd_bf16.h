@@ -7,6 +7,13 @@ namespace llmopt::avx512 {
 
 inline F32x16 fmsub(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline bool any_above(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+// lanes [begin, end) of a, any bounds below 2^31, and `other` in the rest
+inline F32x16 only_between(F32x16 a, int64_t begin, int64_t end, F32x16 other) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __mmask16 from = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(static_cast<int>(begin)));
+  return {_mm512_mask_mov_ps(other.v,
+                             _mm512_mask_cmplt_epi32_mask(from, lane, _mm512_set1_epi32(static_cast<int>(end))), a.v)};
+}
 // a * 2^n for the integer n in the low bits of `shifted`, or 0 where `shifted` is not above `least`; NaN counts as above
 inline F32x16 add_exponent_where_above(F32x16 a, F32x16 shifted, F32x16 least) {
   const __mmask16 above = _mm512_cmp_ps_mask(shifted.v, least.v, _CMP_NLE_UQ);

@@ -63,8 +63,8 @@ class AttentionRows {
     }
   }
 
-  // normalises a row in place and stores it; a row that saw no key is zero
-  void write(int64_t row, float* o, int64_t width, float sum) const {
+  // divides a row by the sum of its weights; a row that saw no key is zero
+  void normalise(int64_t row, float* o, int64_t width, float sum) const {
     const F32x16 inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
     I32x16 bits = zero_i32();
     for (int64_t d = 0; d < width; d += 16) {
@@ -74,8 +74,18 @@ class AttentionRows {
     }
     // 0 * NaN: a value the row may not see has leaked in, or what it may see is not finite; the slow way tells
     if (reduce_max(bits) >= 0x7f800000) exact_row(row, o, width);
+  }
+
+  // where in the output a row begins
+  int64_t out_at(int64_t row) const {
     const int64_t position = row / p_.group();
-    const int64_t at = ((job_.b * p_.tq + position) * p_.heads + head_of(row, position)) * p_.dim_v;
+    return ((job_.b * p_.tq + position) * p_.heads + head_of(row, position)) * p_.dim_v;
+  }
+
+  // normalises a row in place and stores it
+  void write(int64_t row, float* o, int64_t width, float sum) const {
+    normalise(row, o, width, sum);
+    const int64_t at = out_at(row);
     int64_t d = 0;
     for (; d + 16 <= p_.dim_v; d += 16) store_as<kDType>(p_.out, at + d, load(o + d));
     if (d < p_.dim_v) store_as_n<kDType>(p_.out, at + d, load(o + d), static_cast<int>(p_.dim_v - d));

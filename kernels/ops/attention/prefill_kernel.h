@@ -42,8 +42,7 @@ class Prefill : AttentionRows<1> {
     }
     for (int64_t r = 0; r < rows_; r += kBlock)
       if (!(begun_ >> r / kBlock & 1)) std::fill_n(acc_ + r * layout_.width, kBlock * layout_.width, 0.0f);
-    for (int64_t r = 0; r < rows_; ++r)
-      write(job_.row_begin + r, acc_ + r * layout_.width, layout_.width, reduce_add(load(sums_ + 16 * r)));
+    for (int64_t r = 0; r < rows_; ++r) finish(r);
   }
 
  private:
@@ -77,11 +76,15 @@ class Prefill : AttentionRows<1> {
     for (int64_t j = 0; j < n; j += kBlock)
       product.template block<false>(query_ + r * layout_.depth, layout_.depth, packed_at(first + j), panel, kPanelStep,
                                     layout_.depth / kBlock, scores_ + j, kScoreStride);
-    const bool whole = first_key(last_row) <= first && end_key(row) >= first + n && !p_.key_mask && !p_.mask;
+    const bool whole = first_key(last_row) <= first && end_key(row) >= first + n;
     for (int64_t i = 0; i <= last_row - row; ++i) {
       float* s = scores_ + i * kScoreStride;
-      if (!whole) hide(row + i, (row + i) / p_.group(), first, last - first, n, s);
-      weigh(r + i, s, n);
+      const int64_t position = (row + i) / p_.group();
+      if (p_.key_mask || p_.mask) hide(row + i, position, first, last - first, n, s);
+      if (whole)
+        weigh<false>(r + i, s, n, 0, n);
+      else
+        weigh<true>(r + i, s, n, low_of(position) - first, high_of(position) - first);
     }
     const uint64_t bit = uint64_t{1} << r / kBlock;
     if (begun_ & bit)
@@ -99,12 +102,17 @@ class Prefill : AttentionRows<1> {
                                    kPanelStep, layout_.packed, n / kBlock, acc_ + r * layout_.width + d, layout_.width);
   }
 
-  // turns n scores of a row into weights in bfloat16, at the front of where the scores were, and adds them up
-  void weigh(int64_t r, float* s, int64_t n) {
-    F32x16 top = load(s), more = load(s + 16);
+  // turns n scores of a row into weights in bfloat16, at the front of where the scores were, and adds them up; with kEdge
+  // only scores [begin, end) count
+  template <bool kEdge>
+  void weigh(int64_t r, float* s, int64_t n, int64_t begin, int64_t end) {
+    const auto score_at = [=](int64_t j) {
+      return kEdge ? only_between(load(s + j), begin - j, end - j, set1(kMasked)) : load(s + j);
+    };
+    F32x16 top = score_at(0), more = score_at(16);
     for (int64_t j = 32; j < n; j += 32) {
-      top = max(load(s + j), top);
-      more = max(load(s + j + 16), more);
+      top = max(score_at(j), top);
+      more = max(score_at(j + 16), more);
     }
     top = max(top, more);
     if (any_above(top, set1(base_[r] + slack_))) raise(r, reduce_max(top));
@@ -112,7 +120,7 @@ class Prefill : AttentionRows<1> {
     F32x16 total = load(sums_ + 16 * r);
     uint16_t* out = reinterpret_cast<uint16_t*>(s);
     for (int64_t j = 0; j < n; j += 32) {
-      const F32x16 low = weight_of(sub(load(s + j), base), scale), high = weight_of(sub(load(s + j + 16), base), scale);
+      const F32x16 low = weight_of(sub(score_at(j), base), scale), high = weight_of(sub(score_at(j + 16), base), scale);
       total = add(total, add(low, high));
       store_bf16(out + j, low, high);
     }
@@ -130,6 +138,17 @@ class Prefill : AttentionRows<1> {
     float* acc = acc_ + r * layout_.width;
     for (int64_t d = 0; d < layout_.width; d += 16) store(acc + d, mul(load(acc + d), keep));
     store(sums_ + 16 * r, mul(load(sums_ + 16 * r), keep));
+  }
+
+  void finish(int64_t r) {
+    const int64_t row = job_.row_begin + r;
+    float* acc = acc_ + r * layout_.width;
+    normalise(row, acc, layout_.width, reduce_add(load(sums_ + 16 * r)));
+    uint16_t* out = static_cast<uint16_t*>(p_.out) + out_at(row);
+    int64_t d = 0;
+    for (; d + 32 <= p_.dim_v; d += 32) store_bf16(out + d, load(acc + d), load(acc + d + 16));
+    for (; d < p_.dim_v; d += 16)
+      store_bf16_n(out + d, load(acc + d), static_cast<int>(std::min<int64_t>(16, p_.dim_v - d)));
   }
 
   const PrefillLayout layout_;
