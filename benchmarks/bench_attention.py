@@ -1,9 +1,12 @@
 """attention against the machine and against eager and SDPA, alone and as a share of a decode step.
 
     python benchmarks/bench_attention.py [--shape qwen3-0.6b] [--depth 4096] [--layers N] [--rounds 9] [--json FILE]
+        [--only ops | prefill | model]
 
 Alone: the published shapes of the op's spec through ``llmopt.measure.kernel_bench`` (checked first; inputs rotate through
-more than the last-level cache). In a model: one decode step after ``--depth`` cached tokens, with the time spent in
+more than the last-level cache). Prefill: causal bfloat16 attention of ``--tokens`` queries at the sizes of Qwen3-0.6B, on the
+loops this processor uses, on those in float32 and in SDPA, taking turns; only the results of SDPA are compared with, since
+the reference holds all scores. In a model: one decode step after ``--depth`` cached tokens, with the time spent in
 attention added up inside it (for latent attention the expansion of the latents belongs to it); eager attention, torch's
 SDPA and ``swap_flash_attention`` take turns within each round, and figures are medians over the rounds.
 """
@@ -26,7 +29,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from llmopt import native
 from llmopt.measure import environment, kernel_bench
 from llmopt.models import resolve_model, shapes
-from llmopt.ops.attention.spec import SPEC
+from llmopt.ops.attention import attention
+from llmopt.ops.attention.spec import QWEN3_0_6B, SPEC, flops, sdpa
+from llmopt.ops.spec import Case
 from llmopt.passes import SwapFlashAttention
 from llmopt.passes.base import PassContext, Patch
 from llmopt.passes.swap_flash_attention.forward import INTERFACE_NAME, _eager_of
@@ -127,6 +132,59 @@ def print_ops(rounds: int) -> list[kernel_bench.CaseResult]:
     return kernel_bench.run(kernel_bench.select([SPEC]), rounds=rounds, on_result=show).results
 
 
+@torch.no_grad()
+def prefill_seconds(tokens: int, rounds: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each way through one prefill, and its floating point operations."""
+    params = {**QWEN3_0_6B, "tq": tokens, "tk": tokens, "dtype": torch.bfloat16}
+    inputs, library = SPEC.make_inputs(Case("", params), 0), native.library()
+    rival = sdpa(**inputs)
+
+    def in_float32() -> torch.Tensor:
+        library.force_bf16_dots("off")
+        if native.active_isa() == "amx":
+            native.force_isa("avx512")
+        return attention(**inputs)
+
+    def with_dots() -> torch.Tensor:
+        native.force_isa("avx512")
+        library.force_bf16_dots("on")
+        return attention(**inputs)
+
+    ways = {"chosen": lambda: attention(**inputs), "float32": in_float32, "vdpbf16ps": with_dots, "sdpa": rival}
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for done in range(rounds + 1):
+        for name, run in list(ways.items()):
+            try:
+                started = time.perf_counter()
+                out = run()
+                elapsed = time.perf_counter() - started
+            except ValueError:  # no such instruction here
+                del ways[name]
+                continue
+            finally:
+                native.force_isa("auto")
+                library.force_bf16_dots("auto")
+            if done:  # the first round warms up
+                samples[name].append(elapsed)
+            else:
+                torch.testing.assert_close(out, rival(), rtol=3e-2, atol=1e-2)
+    return {name: values for name, values in samples.items() if values}, flops(**inputs)
+
+
+def print_prefill(tokens: list[int], rounds: int) -> dict[int, dict[str, list[float]]]:
+    found = {}
+    print(f"\n{'prefill':>8} {'way':>10} {'ms':>9} {'TFLOP/s':>8} {'x sdpa':>7}")
+    for count in tokens:
+        found[count], operations = prefill_seconds(count, rounds)
+        for name, values in found[count].items():
+            typical = statistics.median(values)
+            ratio = statistics.median(s / v for s, v in zip(found[count]["sdpa"], values, strict=True))
+            print(
+                f"{count:8} {name:>10} {typical * 1e3:9.2f} {operations / typical / 1e12:8.3f} {ratio:7.2f}", flush=True
+            )
+    return found
+
+
 def print_shares(samples: dict[str, dict[str, list[float]]]) -> None:
     shares = {}
     for name, times in samples.items():
@@ -145,14 +203,17 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4096)
     parser.add_argument("--layers", type=int, help="only the first so many (a model that does not fit memory)")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", choices=["ops", "model"])
+    parser.add_argument("--only", choices=["ops", "prefill", "model"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 4096], help="queries of the prefill")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     record: dict[str, Any] = {"environment": environment.capture()}
     print(f"{torch.get_num_threads()} threads, {native.active_isa()}, {args.rounds} rounds")
-    if args.only != "model":
+    if args.only in (None, "ops"):
         record["ops"] = [dataclasses.asdict(r) for r in print_ops(args.rounds)]
-    if args.only != "ops":
+    if args.only in (None, "prefill"):
+        record["prefill_seconds"] = print_prefill(args.tokens, args.rounds)
+    if args.only in (None, "model"):
         model = shapes.build(args.shape, num_layers=args.layers)
         print(f"\n{args.shape}, {model.config.num_hidden_layers} layers, one decode step after {args.depth} tokens")
         samples, made = decode_shares(model, args.depth, args.rounds)

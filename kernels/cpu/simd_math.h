@@ -45,6 +45,12 @@ inline F32x16 load_as_n(const void* base, int64_t i, int n) {
   if constexpr (kDType == 2) return load_f16_n(static_cast<const uint16_t*>(base) + i, n);
 }
 template <int kDType>
+inline void store_as(void* base, int64_t i, F32x16 x) {
+  if constexpr (kDType == 0) store(static_cast<float*>(base) + i, x);
+  if constexpr (kDType == 1) store_bf16(static_cast<uint16_t*>(base) + i, x);
+  if constexpr (kDType == 2) store_f16(static_cast<uint16_t*>(base) + i, x);
+}
+template <int kDType>
 inline void store_as_n(void* base, int64_t i, F32x16 x, int n) {
   if constexpr (kDType == 0) store_n(static_cast<float*>(base) + i, x, n);
   if constexpr (kDType == 1) store_bf16_n(static_cast<uint16_t*>(base) + i, x, n);

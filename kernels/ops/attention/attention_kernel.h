@@ -16,10 +16,10 @@ constexpr int64_t kPackRows = 24;
 constexpr int64_t kChunkRows = 48;
 
 template <int kDType>
-class Attention {
+class Attention : AttentionRows<kDType> {
  public:
   Attention(const AttentionParams& params, const AttentionJob& job, float* scratch)
-      : p_(params), job_(job), layout_(params, job.row_end - job.row_begin), rows_(job.row_end - job.row_begin),
+      : Rows(params, job), layout_(params, job.row_end - job.row_begin), rows_(job.row_end - job.row_begin),
         packed_(rows_ >= kPackRows) {
     query_ = scratch + layout_.query;
     scores_ = scratch + layout_.scores;
@@ -76,35 +76,13 @@ class Attention {
       const float* in = part(i) + 2 * rows_ + r * width;
       for (int64_t d = 0; d < width; d += 16) store(acc_ + d, fmadd(set1(weight), load(in + d), load(acc_ + d)));
     }
-    write(row, acc_, sum);
+    write(row, acc_, width, sum);
   }
 
  private:
-  const void* key_at(int64_t key) const {
-    return element<kDType>(p_.k, job_.b * p_.k_stride.b + job_.kv_head * p_.k_stride.h + key * p_.k_stride.t);
-  }
-  const void* key_rope_at(int64_t key) const {
-    const Strides& s = p_.k_rope_stride;
-    return element<kDType>(p_.k_rope, job_.b * s.b + job_.kv_head * s.h + key * s.t);
-  }
-  const void* value_at(int64_t key) const {
-    return element<kDType>(p_.v, job_.b * p_.v_stride.b + job_.kv_head * p_.v_stride.h + key * p_.v_stride.t);
-  }
-  int64_t head_of(int64_t row, int64_t position) const {
-    return job_.kv_head * p_.group() + row - position * p_.group();
-  }
-  // first and one past the last key that a position may see, masks aside
-  int64_t low_of(int64_t position) const {
-    return p_.window > 0 ? std::max<int64_t>(0, p_.tk - p_.tq + position - p_.window + 1) : 0;
-  }
-  int64_t high_of(int64_t position) const {
-    return p_.causal ? std::max<int64_t>(0, p_.tk - p_.tq + position + 1) : p_.tk;
-  }
-  const uint8_t* mask_at(int64_t row, int64_t position, int64_t key) const {
-    const Strides& s = p_.mask_stride;
-    return p_.mask + job_.b * s.b + head_of(row, position) * s.h + position * s.t + key;
-  }
-  const uint8_t* key_mask_at(int64_t key) const { return p_.key_mask + job_.b * p_.key_mask_stride + key; }
+  using Rows = AttentionRows<kDType>;
+  using Rows::head_of, Rows::low_of, Rows::high_of, Rows::hide, Rows::write;
+  using Rows::p_, Rows::job_, Rows::key_at, Rows::key_rope_at, Rows::value_at, Rows::mask_at, Rows::key_mask_at;
 
   void start() {
     for (int64_t r = 0; r < rows_; ++r) {
@@ -267,17 +245,7 @@ class Attention {
   // masks a row's scores of this tile and gives their maximum
   float mask_row(int64_t r, int64_t key, int64_t n) {
     float* s = scores_ + r * kTileKeys;
-    const int64_t begin = std::clamp<int64_t>(low_[r] - key, 0, n), end = std::clamp<int64_t>(high_[r] - key, begin, n);
-    std::fill(s, s + begin, kMasked);
-    std::fill(s + end, s + kTileKeys, kMasked);
-    if (p_.key_mask) {
-      const uint8_t* visible = key_mask_at(key);
-      for (int64_t j = begin; j < end; ++j) s[j] = visible[j] ? s[j] : kMasked;
-    }
-    if (p_.mask) {
-      const uint8_t* visible = mask_at(job_.row_begin + r, position_[r], key);
-      for (int64_t j = begin; j < end; ++j) s[j] = visible[j] ? s[j] : kMasked;
-    }
+    hide(job_.row_begin + r, position_[r], key, n, kTileKeys, s);
     F32x16 top = load(s);
 #pragma GCC unroll 4
     for (int64_t j = 16; j < kTileKeys; j += 16) top = max(top, load(s + j));
@@ -290,74 +258,12 @@ class Attention {
       std::copy(acc_ + r * width, acc_ + (r + 1) * width, values_);
       restore_order(values_, p_.dim_v, acc_ + r * width);
     }
-    if (!job_.partial) return write(job_.row_begin + r, acc_ + r * width, sum_[r]);
+    if (!job_.partial) return write(job_.row_begin + r, acc_ + r * width, width, sum_[r]);
     job_.partial[r] = max_[r];
     job_.partial[rows_ + r] = sum_[r];
     std::memcpy(job_.partial + 2 * rows_ + r * width, acc_ + r * width, static_cast<size_t>(width) * sizeof(float));
   }
 
-  // normalises a row in place and stores it; a row that saw no key is zero
-  void write(int64_t row, float* o, float sum) {
-    const F32x16 inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
-    I32x16 bits = zero_i32();
-    for (int64_t d = 0; d < layout_.value_stride; d += 16) {
-      const F32x16 x = mul(load(o + d), inverse);
-      bits = max(bits, abs_bits(x));
-      store(o + d, x);
-    }
-    // 0 * NaN: a value the row may not see has leaked in, or what it may see is not finite; the slow way tells
-    if (reduce_max(bits) >= 0x7f800000) exact_row(row, o);
-    const int64_t position = row / p_.group();
-    const int64_t at = ((job_.b * p_.tq + position) * p_.heads + head_of(row, position)) * p_.dim_v;
-    for (int64_t d = 0; d < p_.dim_v; d += 16)
-      store_as_n<kDType>(p_.out, at + d, load(o + d), static_cast<int>(std::min<int64_t>(16, p_.dim_v - d)));
-  }
-
-  // the row again, key by key, touching visible keys only
-  void exact_row(int64_t row, float* o) const {
-    const int64_t position = row / p_.group(), head = head_of(row, position);
-    const int64_t first = low_of(position), last = high_of(position);
-    const auto visible = [&](int64_t key) {
-      return (!p_.key_mask || *key_mask_at(key)) && (!p_.mask || *mask_at(row, position, key));
-    };
-    float top = kMasked, sum = 0.0f;
-    for (int64_t key = first; key < last; ++key) {
-      if (!visible(key)) continue;
-      const float s = score(head, position, key);
-      if (s > top || s != s) top = s;
-    }
-    for (int64_t d = 0; d < layout_.value_stride; d += 16) store(o + d, zero_f32());
-    for (int64_t key = first; key < last; ++key) {
-      if (!visible(key)) continue;
-      const float w = std::exp(score(head, position, key) - top);
-      sum += w;
-      for (int64_t d = 0; d < p_.dim_v; d += 16) {
-        const int lanes = static_cast<int>(std::min<int64_t>(16, p_.dim_v - d));
-        store(o + d, fmadd(set1(w), load_as_n<kDType>(value_at(key), d, lanes), load(o + d)));
-      }
-    }
-    const F32x16 inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
-    for (int64_t d = 0; d < layout_.value_stride; d += 16) store(o + d, mul(load(o + d), inverse));
-  }
-
-  float score(int64_t head, int64_t position, int64_t key) const {
-    const Strides &s = p_.q_stride, &t = p_.q_rope_stride;
-    float sum = dot(element<kDType>(p_.q, job_.b * s.b + head * s.h + position * s.t), key_at(key), p_.dim);
-    if (p_.k_rope)
-      sum += dot(element<kDType>(p_.q_rope, job_.b * t.b + head * t.h + position * t.t), key_rope_at(key), p_.dim_rope);
-    return sum * p_.scale;
-  }
-  static float dot(const void* a, const void* b, int64_t dim) {
-    F32x16 sum = zero_f32();
-    for (int64_t d = 0; d < dim; d += 16) {
-      const int lanes = static_cast<int>(std::min<int64_t>(16, dim - d));
-      sum = fmadd(load_as_n<kDType>(a, d, lanes), load_as_n<kDType>(b, d, lanes), sum);
-    }
-    return reduce_add(sum);
-  }
-
-  const AttentionParams& p_;
-  const AttentionJob& job_;
   const AttentionLayout layout_;
   const int64_t rows_;
   const bool packed_;

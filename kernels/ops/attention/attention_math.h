@@ -1,20 +1,9 @@
 // Small products for attention, on the lanes of simd_*.h. All accumulate in float32.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-
-#include "attention.h"
-#include "simd_math.h"
+#include "attention_rows.h"
 
 namespace llmopt::LLMOPT_ISA {
-
-constexpr float kMasked = -INFINITY;
-
-template <int kDType>
-inline const void* element(const void* base, int64_t i) {
-  return static_cast<const char*>(base) + i * (kDType == 0 ? 4 : 2);
-}
 
 // 64 bytes from element i on, whatever they hold
 template <int kDType>

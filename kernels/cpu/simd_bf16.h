@@ -1,0 +1,53 @@
+// What kernels in bfloat16 need beside simd_avx512.h. The instructions of AVX512_BF16 are in assembly: the rest of a file
+// is compiled for processors without them, and only a check at run time leads here.
+#pragma once
+#include "simd_avx512.h"
+
+namespace llmopt::avx512 {
+
+inline F32x16 fmsub(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
+inline bool any_above(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+// lanes [begin, end) of a, any bounds below 2^31, and `other` in the rest
+inline F32x16 only_between(F32x16 a, int64_t begin, int64_t end, F32x16 other) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __mmask16 from = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(static_cast<int>(begin)));
+  return {_mm512_mask_mov_ps(other.v,
+                             _mm512_mask_cmplt_epi32_mask(from, lane, _mm512_set1_epi32(static_cast<int>(end))), a.v)};
+}
+// a * 2^n for the integer n in the low bits of `shifted`, or 0 where `shifted` is not above `least`; NaN counts as above
+inline F32x16 add_exponent_where_above(F32x16 a, F32x16 shifted, F32x16 least) {
+  const __mmask16 above = _mm512_cmp_ps_mask(shifted.v, least.v, _CMP_NLE_UQ);
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+  return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(above, _mm512_castps_si512(a.v), n))};
+}
+
+// n <= 32 bf16 as they lie, two to a lane, then zeros
+inline F32x16 load_pairs_n(const uint16_t* p, int n) {
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p))};
+}
+// lane i: even[i] in its low half, odd[i] in its high half; zeros past the first so many
+inline F32x16 interleave_n(const uint16_t* even, int num_even, const uint16_t* odd, int num_odd) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(num_even), even));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(num_odd), odd));
+  return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+}
+
+// 32 values rounded to nearest even
+inline void store_bf16(uint16_t* p, F32x16 low, F32x16 high) {
+  __m512i both;
+  __asm__("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high.v), "v"(low.v));
+  _mm512_storeu_si512(p, both);
+}
+// the pair at p in every lane
+inline F32x16 load_pair(const uint16_t* p) {
+  float pair;
+  std::memcpy(&pair, p, 4);
+  return {_mm512_set1_ps(pair)};
+}
+// acc[lane] += both products of a pair
+inline F32x16 dot_bf16(F32x16 acc, F32x16 a, F32x16 b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
+}
+
+}  // namespace llmopt::avx512
