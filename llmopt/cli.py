@@ -260,7 +260,7 @@ def compare(
 def kernels(
     *,
     op: Annotated[str | None, typer.Argument(metavar="OP", help="One op. Default: all.")] = None,
-    isa: Annotated[str | None, typer.Option("--isa", metavar="NAME", help="portable | avx2 | avx512.")] = None,
+    isa: Annotated[str | None, typer.Option("--isa", metavar="NAME", help="portable | avx2 | avx512 | amx.")] = None,
     case: Annotated[str | None, typer.Option("--case", metavar="TEXT", help="Cases whose name contains this.")] = None,
     all_cases: Annotated[bool, typer.Option("--all-cases", help="Odd sizes too, not only published models'.")] = False,
     rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds a case.")] = 7,

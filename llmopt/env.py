@@ -1,7 +1,7 @@
 """The only place that reads environment variables.
 
-LLMOPT_ISA       portable | avx2 | avx512     force the CPU kernels to one instruction set (default: the best found)
-LLMOPT_LIBRARY   path                         load this kernel library instead of the installed one
+LLMOPT_ISA       portable | avx2 | avx512 | amx   force the CPU kernels to one instruction set (default: the best)
+LLMOPT_LIBRARY   path                             load this kernel library instead of the installed one
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmopt.errors import InputError
 
-ISA_NAMES = ("portable", "avx2", "avx512")
+ISA_NAMES = ("portable", "avx2", "avx512", "amx")
 
 
 def forced_isa() -> str | None:

@@ -62,7 +62,7 @@ def available() -> bool:
 
 
 def active_isa() -> str:
-    """Instruction set the CPU kernels use: portable | avx2 | avx512."""
+    """Instruction set the CPU kernels use: portable | avx2 | avx512 | amx."""
     return str(library().active_isa())
 
 

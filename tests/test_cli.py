@@ -106,7 +106,10 @@ BAD_INPUT = {
         "--checkpoint-format: expected 'gptq' or 'gptq_v2', got 'gptq_v3'",
     ),
     "unknown_op": (["kernels", "nosuch"], "op: expected int4_linear"),
-    "unknown_isa": (["kernels", "int4_linear", "--isa", "avx3"], "--isa: expected auto | portable | avx2 | avx512"),
+    "unknown_isa": (
+        ["kernels", "int4_linear", "--isa", "avx3"],
+        "--isa: expected auto | portable | avx2 | avx512 | amx",
+    ),
     "unknown_case": (["kernels", "int4_linear", "--case", "nosuch"], "case: expected"),
 }
 

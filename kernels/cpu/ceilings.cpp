@@ -24,6 +24,7 @@ double seconds() { return std::chrono::duration<double>(std::chrono::steady_cloc
 
 CeilingLoops loops_of(Isa isa) {
 #if defined(LLMOPT_X86)
+  if (isa == Isa::kAmx) return amx_ceilings();
   if (isa == Isa::kAvx512) return avx512_ceilings();
   if (isa == Isa::kAvx2) return avx2_ceilings();
 #endif

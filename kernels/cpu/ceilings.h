@@ -10,7 +10,7 @@ namespace llmopt {
 struct CeilingLoops {
   // sums the bytes in some way; bytes is a multiple of 4096. Two streams at once: one leaves a tenth of the rate unused
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
-  double (*dot_int8)(int64_t steps);  // unsigned x signed bytes into int32
+  double (*dot_int8)(int64_t steps);  // bytes, one side unsigned or both signed, into int32
   double (*dot_bf16)(int64_t steps);  // bf16 pairs into float32
   double (*fma_fp32)(int64_t steps);
 };
@@ -18,5 +18,6 @@ struct CeilingLoops {
 CeilingLoops portable_ceilings();
 CeilingLoops avx2_ceilings();
 CeilingLoops avx512_ceilings();
+CeilingLoops amx_ceilings();
 
 }  // namespace llmopt

@@ -4,33 +4,62 @@
 
 #include <atomic>
 
-namespace llmopt {
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-Isa detect_isa() {
+namespace llmopt {
+namespace {
+
 #if defined(__x86_64__)
-  // gcc's builtin also checks that the operating system saves the wide registers
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-    return Isa::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return Isa::kAvx2;
-  }
+// gcc's builtin also checks that the operating system saves the wide registers
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+Isa find_isa() {
+#if defined(__x86_64__)
+  if (has_avx512()) return has_amx() ? Isa::kAmx : Isa::kAvx512;
+  if (has_avx2()) return Isa::kAvx2;
 #endif
   return Isa::kPortable;
 }
 
-namespace {
 std::atomic<int>& current() {
   static std::atomic<int> value{static_cast<int>(detect_isa())};
   return value;
 }
+
 }  // namespace
+
+Isa detect_isa() {
+  static const Isa best = find_isa();
+  return best;
+}
 
 Isa active_isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAmx: return "amx";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx2: return "avx2";
     default: return "portable";
@@ -46,8 +75,10 @@ void force_isa(const std::string& name) {
     wanted = Isa::kAvx2;
   } else if (name == "avx512") {
     wanted = Isa::kAvx512;
+  } else if (name == "amx") {
+    wanted = Isa::kAmx;
   } else if (name != "auto") {
-    TVM_FFI_THROW(ValueError) << "isa: expected auto | portable | avx2 | avx512, got '" << name << "'";
+    TVM_FFI_THROW(ValueError) << "isa: expected auto | portable | avx2 | avx512 | amx, got '" << name << "'";
   }
   if (static_cast<int>(wanted) > static_cast<int>(best)) {
     TVM_FFI_THROW(ValueError) << "isa: this processor supports up to " << isa_name(best) << ", got '" << name << "'";

@@ -68,7 +68,7 @@ const LinearKernels& linear_kernels_avx512();
 
 inline const LinearKernels& linear_kernels(Isa isa) {
 #ifdef LLMOPT_X86
-  if (isa == Isa::kAvx512) return linear_kernels_avx512();
+  if (isa >= Isa::kAvx512) return linear_kernels_avx512();
   if (isa == Isa::kAvx2) return linear_kernels_avx2();
 #else
   (void)isa;

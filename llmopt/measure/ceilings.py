@@ -7,13 +7,13 @@ a factor of two. So ``CeilingMeter.measure_round`` takes some tens of millisecon
 kind            what runs                                                               unit
 =============== ======================================================================= =========================
 read_gb_per_s   every thread streams its share of a buffer large against the L3         10^9 bytes per second
-int8_tops       vpdpbusd (AVX-512 VNNI); vpmaddubsw chain for 4-bit weights (AVX2);     10^12 operations per second
-                plain loop over int16 (portable), in registers or L1                    (a multiply-add is two)
-bf16_tflops     vdpbf16ps, where the processor has AVX512_BF16                          10^12 operations per second
+int8_tops       tdpbssd (AMX); vpdpbusd (AVX-512 VNNI); vpmaddubsw chain for 4-bit      10^12 operations per second
+                weights (AVX2); plain loop over int16 (portable), in registers or L1    (a multiply-add is two)
+bf16_tflops     tdpbf16ps (AMX); vdpbf16ps, where the processor has AVX512_BF16         10^12 operations per second
 fp32_tflops     fused multiply-add, or multiply and add on portable                     10^12 operations per second
 =============== ======================================================================= =========================
 
-The compute kinds are of the instruction set in force (``native.active_isa``). Matrix units (AMX) are not among them.
+The compute kinds are of the instruction set in force (``native.active_isa``).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def test_read_bandwidth_is_plausible() -> None:
 def test_compute_kinds_follow_the_isa_in_force(isa: str) -> None:
     for kind in ("int8_tops", "fp32_tflops"):
         assert 1e-4 < measure_once(kind, milliseconds=5) < 1e3
-    if isa != "avx512" or "avx512_bf16" not in environment.cpu()["isa"]:
+    if isa not in ("avx512", "amx") or "avx512_bf16" not in environment.cpu()["isa"]:
         with pytest.raises(CeilingUnavailableError, match="bf16_tflops"):
             measure_once("bf16_tflops", milliseconds=5)
     else:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from llmopt import native
+from llmopt.env import ISA_NAMES
 from llmopt.ops.gptq_round import reference, round_span, search_scales
 
-IMPLEMENTATIONS = ["reference", *([] if not native.available() else ["portable", "avx2", "avx512"])]
+IMPLEMENTATIONS = ["reference", *([] if not native.available() else ISA_NAMES)]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -82,7 +82,7 @@ const AttentionKernels& attention_kernels_avx512(int dtype);
 
 inline const AttentionKernels& attention_kernels(Isa isa, int dtype) {
 #ifdef LLMOPT_X86
-  if (isa == Isa::kAvx512) return attention_kernels_avx512(dtype);
+  if (isa >= Isa::kAvx512) return attention_kernels_avx512(dtype);
   if (isa == Isa::kAvx2) return attention_kernels_avx2(dtype);
 #else
   (void)isa;

@@ -21,7 +21,7 @@ const RoundKernels& round_kernels_avx512();
 
 inline const RoundKernels& round_kernels(Isa isa) {
 #ifdef LLMOPT_X86
-  if (isa == Isa::kAvx512) return round_kernels_avx512();
+  if (isa >= Isa::kAvx512) return round_kernels_avx512();
   if (isa == Isa::kAvx2) return round_kernels_avx2();
 #else
   (void)isa;
