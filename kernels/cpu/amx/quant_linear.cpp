@@ -11,7 +11,7 @@ namespace {
 using namespace amx;
 using namespace avx512;
 
-// fewer tokens leave too much of a tile empty
+// Fewer tokens leave a part of the tile empty. Not measured: no AMX was at hand (docs/decisions/0007).
 constexpr int64_t kLeastTokens = 16;
 // unpacked weights that are held at once: they and the 16 tokens in hand stay in L2
 constexpr int64_t kPanelBytes = 512 * 1024;
