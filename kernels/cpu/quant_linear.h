@@ -78,10 +78,12 @@ struct LinearKernels {
 const LinearKernels& linear_kernels_portable();
 const LinearKernels& linear_kernels_avx2();
 const LinearKernels& linear_kernels_avx512();
+const LinearKernels& linear_kernels_amx();
 
 inline const LinearKernels& linear_kernels(Isa isa) {
 #ifdef LLMOPT_X86
-  if (isa >= Isa::kAvx512) return linear_kernels_avx512();
+  if (isa == Isa::kAmx) return linear_kernels_amx();
+  if (isa == Isa::kAvx512) return linear_kernels_avx512();
   if (isa == Isa::kAvx2) return linear_kernels_avx2();
 #else
   (void)isa;

@@ -22,4 +22,23 @@ inline constexpr TileConfig kWholeTiles{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 6
 // GCC 12's tile loads do not say that they read memory: between writing what they read and the first of them
 inline void written_for_tiles() { __asm__ volatile("" : : : "memory"); }
 
+// the instructions with the tile's number as a template argument; the intrinsics take literals alone
+template <int kTile>
+inline void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+template <int kTile>
+inline void tile_load(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(kTile));
+}
+template <int kTile>
+inline void tile_store(void* p, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+// c[m][n] += sum over k of a[m][k] * b[k / 4][4 * n + k % 4], signed bytes into int32
+template <int kC, int kA, int kB>
+inline void tile_dot_s8() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+
 }  // namespace llmopt::amx
