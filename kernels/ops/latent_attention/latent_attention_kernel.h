@@ -15,41 +15,50 @@ namespace llmopt::LLMOPT_ISA {
 
 static_assert(kLatentTile % kKeyBlock == 0 && kLanes % kRowBlock == 0);
 
-// Rows of the cache as a tile, [block of 16 dimensions][row][16]. bfloat16 comes 32 at a time, as even and odd ones, as far
-// as the values go; the rest comes in order.
+// Up to kKeyBlock rows of 16 dimensions from block b on, as a tile has them: [block][row][16]. bfloat16 comes 32 at a time,
+// as even and odd ones, as far as the values go; the rest comes in order. Rows from n on are zero: what they score is thrown
+// away, but has to be a number. Gives the blocks done. Asks for what lies a tile further on.
 template <int kDType>
-inline void load_tile(const void* in, int64_t stride, int64_t n, const LatentParams& p, float* tile) {
-  for (int64_t row = 0; row < n; ++row) {
-    const auto at = [&](int64_t d) { return tile + d * kLatentTile + row * 16; };
-    int64_t d = 0;
-    if constexpr (kPairs<kDType>) {
-      for (; d + 32 <= p.rank; d += 32) {
-        F32x16 even, odd;
-        split_bf16(load_bits<kDType>(in, row * stride + d), even, odd);
-        store(at(d), even);
-        store(at(d + 16), odd);
+[[gnu::always_inline]] inline int64_t load_blocks(const void* in, int64_t n, int64_t b, const LatentParams& p,
+                                                  float* tile) {
+  float* to = tile + b * 16 * kLatentTile;
+  const int64_t d = 16 * b;
+  const bool pair = kPairs<kDType> && d + 32 <= p.rank;
+  for (int64_t row = 0; row < kKeyBlock; ++row, to += 16) {
+    const int64_t at = row * p.dim + d;
+    F32x16 first = zero_f32(), second = first;
+    if (row < n) {
+      prefetch<kDType>(in, at + kLatentTile * p.dim);
+      if (pair) {
+        split_bf16(load_bits<kDType>(in, at), first, second);
+      } else {
+        first = d + 16 <= p.dim ? load_as<kDType>(in, at) : load_as_n<kDType>(in, at, static_cast<int>(p.dim - d));
       }
     }
-    for (; d + 16 <= p.dim; d += 16) store(at(d), load_as<kDType>(in, row * stride + d));
-    if (d < p.dim) store(at(d), load_as_n<kDType>(in, row * stride + d, static_cast<int>(p.dim - d)));
+    store(to, first);
+    if (pair) store(to + 16 * kLatentTile, second);
   }
+  return pair ? 2 : 1;
 }
 
-// scores[key, lane] of kKeyBlock keys. On the way asks for the bytes from `ahead` on, as many as these keys have.
+// scores[key, lane] of kKeyBlock keys, which come from the tile, or from `in` into the tile first: bit by bit, so that
+// turning them into float32 hides behind the products
 template <int kDType>
-[[gnu::noinline]] void score_keys(const float* query, const float* tile, int64_t blocks, const char* ahead,
+[[gnu::noinline]] void score_keys(const LatentParams& p, const float* query, const void* in, int64_t n, float* tile,
                                   float* scores) {
-  constexpr int kBytes = kKeyBlock * 16 * (kDType == 0 ? 4 : 2);
+  const int64_t blocks = (p.dim + 15) / 16;
   F32x16 acc[kKeyBlock];
 #pragma GCC unroll 24
   for (int k = 0; k < kKeyBlock; ++k) acc[k] = zero_f32();
-  for (int64_t b = 0; b < blocks; ++b) {
-    for (int i = 0; ahead && i < kBytes; i += 64) __builtin_prefetch(ahead + b * kBytes + i, 0, 2);
-    const float* x = tile + b * 16 * kLatentTile;
-    for (int d = 0; d < 16; ++d, query += kLanes) {
-      const F32x16 q = load(query);
+  for (int64_t b = 0; b < blocks;) {
+    const int64_t end = in ? b + load_blocks<kDType>(in, n, b, p, tile) : blocks;
+    for (; b < end; ++b) {
+      const float* x = tile + b * 16 * kLatentTile;
+      for (int d = 0; d < 16; ++d, query += kLanes) {
+        const F32x16 q = load(query);
 #pragma GCC unroll 24
-      for (int k = 0; k < kKeyBlock; ++k) acc[k] = fmadd(set1(x[16 * k + d]), q, acc[k]);
+        for (int k = 0; k < kKeyBlock; ++k) acc[k] = fmadd(set1(x[16 * k + d]), q, acc[k]);
+      }
     }
   }
 #pragma GCC unroll 24
@@ -103,8 +112,6 @@ class LatentAttention {
     const int64_t last = std::min(job_.key_end, high_of(rows_ - 1));
     for (int64_t key = job_.key_begin; key < last; key += kLatentTile) {
       const int64_t n = std::min(kLatentTile, last - key);
-      load_tile<kDType>(key_at(key), p_.dim, n, p_, tile_);
-      clear_keys(n);
       for (int64_t g = 0; g < layout_.groups; ++g) tile_of_group(g, key, n);
     }
     for (int64_t r = 0; r < rows_; ++r) finish(r);
@@ -138,7 +145,9 @@ class LatentAttention {
   void start(int64_t g) {
     const int64_t first = g * kLanes, n = std::min(kLanes, rows_ - first);
     const int64_t at = (job_.token * p_.heads + job_.row_begin + first) * p_.dim;
-    load_tile<kDType>(element<kDType>(p_.query, at), p_.dim, n, p_, tile_);
+    for (int64_t r = 0; r < n; r += kKeyBlock)
+      for (int64_t b = 0; b < layout_.blocks;)
+        b += load_blocks<kDType>(element<kDType>(p_.query, at + r * p_.dim), n - r, b, p_, tile_ + r * 16);
     const F32x16 scale = set1(p_.scale * 1.44269504f);
     for (int64_t b = 0; b < layout_.blocks; ++b) {
       F32x16 x[16];
@@ -150,22 +159,11 @@ class LatentAttention {
     store(sum_ + first, zero_f32());
   }
 
-  // keys past the tile's end that a block of keys touches: their scores are thrown away, but have to be numbers
-  void clear_keys(int64_t n) {
-    const int64_t end = round_up(n, kKeyBlock);
-    for (int64_t b = 0; n < end && b < layout_.blocks; ++b)
-      std::memset(tile_ + (b * kLatentTile + n) * 16, 0, static_cast<size_t>(end - n) * 16 * sizeof(float));
-  }
-
   void tile_of_group(int64_t g, int64_t key, int64_t n) {
     const int64_t first = g * kLanes, rows = std::min(kLanes, rows_ - first);
-    if (high_of(first + rows - 1) <= key) return;
-    const char* ahead = g == 0 ? static_cast<const char*>(key_at(key + kLatentTile)) : nullptr;
-    for (int64_t k = 0; k < n; k += kKeyBlock) {
-      score_keys<kDType>(query_ + g * layout_.blocks * 16 * kLanes, tile_ + k * 16, layout_.blocks, ahead,
-                         scores_ + k * kLanes);
-      if (ahead) ahead += kKeyBlock * p_.dim * (kDType == 0 ? 4 : 2);
-    }
+    const float* query = query_ + g * layout_.blocks * 16 * kLanes;
+    for (int64_t k = 0; k < n; k += kKeyBlock)
+      score_keys<kDType>(p_, query, g == 0 ? key_at(key + k) : nullptr, n - k, tile_ + k * 16, scores_ + k * kLanes);
     const bool all = high_of(first) >= key + n;
     if (!all) mask(first, rows, key, n);
     soften(first, n);
