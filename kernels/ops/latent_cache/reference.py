@@ -12,7 +12,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved
     """``[T, ..., P]`` rotated by the angles of its token, ``[T, P / 2]``; pairs stay where they are."""
     pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     a, b = pairs.unbind(-1 if interleaved else -2)
-    cos, sin = (t.view(t.shape[0], *[1] * (x.dim() - 2), -1) for t in (cos, sin))
+    cos, sin = (t.view(t.shape[0], *[1] * (x.dim() - 2), t.shape[1]) for t in (cos, sin))
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1 if interleaved else -2).flatten(-2)
 
 
