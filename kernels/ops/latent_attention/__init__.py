@@ -1,0 +1,77 @@
+"""latent_attention: multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) over its cache, in the absorbed form.
+
+All heads share one latent "head": a row of the cache is the key, and its first R values are the value. The cache is read
+once for both; sixteen query heads lie side by side in the lanes, so that the work runs at the speed of the multiplications.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmopt import native
+from llmopt.errors import InputError
+
+__all__ = ["latent_attention"]
+
+_LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
+_LIBRARY.define(
+    "latent_attention(Tensor query, Tensor cache, Tensor seq, Tensor slot, float scale, int rank) -> Tensor"
+)
+
+
+def latent_attention(
+    query: torch.Tensor, cache: torch.Tensor, *, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int
+) -> torch.Tensor:
+    """``softmax(scale * query @ keys.T) @ keys[:, :rank]`` of ragged tokens, for decode and short chunks.
+
+    A token sees its sequence's slots up to its own, and nothing it does not see has influence on it, not even a NaN. Everything
+    is float32 inside. Neither the number of threads nor other sequences in the batch change a bit of the result. Nothing is
+    copied: the tensors may belong to a program that is being recorded.
+
+    Args:
+        query: ``[T, H, R + P]`` of cache's dtype, contiguous, from :func:`llmopt.ops.latent_cache.latent_cache`. Tokens of one
+            sequence at consecutive slots, one after the other, share the reading of their keys.
+        cache: ``[S, C, R + P]`` float32, bfloat16 or float16, contiguous.
+        seq: ``[T]`` int32, sequences.
+        slot: ``[T]`` int32, places in them.
+        scale: factor on the scores, with yarn's factor where there is one.
+        rank: R.
+
+    Returns:
+        ``[T, H, R]`` float32.
+
+    Raises:
+        InputError: shapes, dtypes or strides do not fit together.
+        IndexError: a sequence or slot lies outside the cache; not checked while a program is recorded.
+        NativeLibraryError: the compiled kernels are not installed.
+    """
+    if torch.compiler.is_compiling():
+        out: torch.Tensor = torch.ops.llmopt.latent_attention(query, cache, seq, slot, scale, rank)
+        return out
+    return _cpu(query, cache, seq, slot, scale, rank)
+
+
+def _cpu(
+    query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int
+) -> torch.Tensor:
+    if query.dim() != 3 or rank < 1:
+        raise InputError(
+            f"latent_attention: expected query [T, H, R + P] and a rank of 1 or more, got {list(query.shape)} and {rank}"
+        )
+    out = torch.empty(query.shape[0], query.shape[1], rank)
+    try:
+        native.library().latent_attention(query, cache, seq, slot, scale, out)
+    except ValueError as error:
+        raise InputError(f"latent_attention: {error}") from None
+    return out
+
+
+def _fake(
+    query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int
+) -> torch.Tensor:
+    torch._check(query.shape[2] == cache.shape[2], lambda: f"query: expected {cache.shape[2]} columns")
+    return query.new_empty(query.shape[0], query.shape[1], rank, dtype=torch.float32)
+
+
+_LIBRARY.impl("latent_attention", _cpu, "CPU")
+torch.library.register_fake("llmopt::latent_attention", _fake, lib=_LIBRARY)

@@ -1,0 +1,75 @@
+// What op.cpp hands to the loops of one instruction set.
+//
+// All query heads share the one latent "head": a row of the cache is the key, and its first `rank` values are the value. A
+// "row" of queries is one head of one token; the rows of a run of tokens are numbered token by token.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+namespace llmopt {
+
+// Keys turned into float32 at once, a multiple of every instruction set's block of keys; 48 x 576 floats stay in L2.
+constexpr int64_t kLatentTile = 48;
+// Queries side by side in the lanes of one vector.
+constexpr int64_t kLanes = 16;
+
+struct LatentParams {
+  const void* query;   // [tokens, heads, dim]
+  const void* cache;   // [sequences, capacity, dim]
+  float* out;          // [tokens, heads, rank]
+  int64_t seq_stride;  // elements
+  int64_t heads, dim, rank;
+  float scale;
+};
+
+// Rows [row_begin, row_end) of a run of tokens against keys [key_begin, key_end) of its sequence. With `partial` the
+// unnormalised result goes there, to be combined with that of other keys; without, the output rows are written.
+struct LatentJob {
+  int64_t token, seq, slot;  // the run's first token, its sequence and its slot
+  int64_t row_begin, row_end, key_begin, key_end;
+  float* partial;
+};
+
+// Floats of scratch one thread needs for a job of `rows` rows.
+struct LatentLayout {
+  int64_t groups;                // sixteens of rows
+  int64_t blocks, value_blocks;  // sixteens of a key's and a value's dimensions
+  int64_t query, tile, scores, acc, stats, total;
+
+  LatentLayout(const LatentParams& p, int64_t rows)
+      : groups((rows + kLanes - 1) / kLanes), blocks((p.dim + 15) / 16), value_blocks((p.rank + 15) / 16) {
+    query = 0;
+    tile = query + groups * blocks * 16 * kLanes;
+    scores = tile + blocks * 16 * kLatentTile;
+    acc = scores + kLatentTile * kLanes;
+    stats = acc + groups * kLanes * value_blocks * 16;
+    total = stats + 3 * groups * kLanes;
+  }
+  // floats of a partial result: maximum, sum and the values of each row
+  int64_t partial_size(int64_t rows) const { return rows * (value_blocks * 16 + 2); }
+};
+
+struct LatentKernels {
+  void (*attend)(const LatentParams& p, const LatentJob& job, float* scratch);
+  // output row `row` of the run from `count` partial results, `stride` floats apart, the first of them `job`
+  void (*combine)(const LatentParams& p, const LatentJob& job, int64_t count, int64_t stride, int64_t row,
+                  float* scratch);
+};
+
+// by DType
+const LatentKernels& latent_kernels_portable(int dtype);
+const LatentKernels& latent_kernels_avx2(int dtype);
+const LatentKernels& latent_kernels_avx512(int dtype);
+
+inline const LatentKernels& latent_kernels(Isa isa, int dtype) {
+#ifdef LLMOPT_X86
+  if (isa >= Isa::kAvx512) return latent_kernels_avx512(dtype);
+  if (isa == Isa::kAvx2) return latent_kernels_avx2(dtype);
+#else
+  (void)isa;
+#endif
+  return latent_kernels_portable(dtype);
+}
+
+}  // namespace llmopt

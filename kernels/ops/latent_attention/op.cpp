@@ -1,0 +1,161 @@
+// latent_attention: attention of ragged rows over the latent cache. Rows of one sequence that follow each other are one
+// causal run; rows and keys are cut into jobs, and the results for different keys are combined.
+#include "latent_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "latent_rows.h"
+#include "scratch.h"
+
+namespace llmopt {
+namespace {
+
+// most rows of one job: their queries and values stay in L2
+constexpr int64_t kMostRows = 128;
+// fewest keys of one job, and most parts that the keys are cut into
+constexpr int64_t kFewestKeys = 64, kMostSplits = 16;
+
+struct Given {
+  LatentParams params;
+  TokenRows rows;
+  int64_t tokens;
+  int dtype;
+};
+
+// A run: tokens [token, token + count) of one sequence, the first at `slot`.
+struct Run {
+  int64_t token, count, seq, slot;
+  int64_t tile_rows, num_tiles, split_keys, num_splits;
+  int64_t first_job;
+
+  int64_t jobs() const { return num_tiles * num_splits; }
+};
+
+int64_t ceil_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// The cut follows from the run alone: any number of threads gives the same bits, and so does any company in the batch.
+void cut(int64_t heads, Run& run) {
+  const int64_t rows = run.count * heads, keys = run.slot + run.count;
+  run.num_tiles = (rows + kMostRows - 1) / kMostRows;
+  run.tile_rows = std::min(rows, ceil_to((rows + run.num_tiles - 1) / run.num_tiles, kLanes));
+  run.num_tiles = (rows + run.tile_rows - 1) / run.tile_rows;
+  const int64_t splits = std::clamp<int64_t>(keys / kFewestKeys, 1, kMostSplits);
+  run.split_keys = ceil_to((keys + splits - 1) / splits, kLatentTile);
+  run.num_splits = (keys + run.split_keys - 1) / run.split_keys;
+}
+
+void find_runs(const Given& g, std::vector<Run>& runs) {
+  runs.clear();
+  for (int64_t t = 0; t < g.tokens; ++t) {
+    const int64_t seq = g.rows.seq[t], slot = g.rows.slot[t];
+    if (!runs.empty() && runs.back().seq == seq && runs.back().slot + runs.back().count == slot) {
+      ++runs.back().count;
+    } else {
+      runs.push_back({t, 1, seq, slot, 0, 0, 0, 0, 0});
+    }
+  }
+  int64_t jobs = 0;
+  for (Run& run : runs) {
+    cut(g.params.heads, run);
+    run.first_job = jobs;
+    jobs += run.jobs();
+  }
+}
+
+struct Shared {
+  Scratch partials;
+  int64_t stride = 0;  // floats between partial results
+  std::vector<Run> runs;
+  int64_t jobs = 0, scratch = 0;
+  std::atomic<int64_t> next{0};
+
+  float* partial(int64_t job) { return reinterpret_cast<float*>(partials.get(0)) + job * stride; }
+};
+
+LatentJob job_at(const Given& g, const Run& run, int64_t index, Shared& shared) {
+  const int64_t split = index % run.num_splits, row = index / run.num_splits * run.tile_rows;
+  const int64_t key = split * run.split_keys, keys = run.slot + run.count;
+  return {run.token,
+          run.seq,
+          run.slot,
+          row,
+          std::min(row + run.tile_rows, run.count * g.params.heads),
+          key,
+          std::min(key + run.split_keys, keys),
+          run.num_splits > 1 ? shared.partial(run.first_job + index) : nullptr};
+}
+
+void plan(const Given& g, Shared& shared) {
+  find_runs(g, shared.runs);
+  shared.stride = shared.scratch = 0;
+  for (const Run& run : shared.runs) {
+    const LatentLayout layout(g.params, run.tile_rows);
+    shared.scratch = std::max(shared.scratch, layout.total);
+    if (run.num_splits > 1) shared.stride = std::max(shared.stride, layout.partial_size(run.tile_rows));
+  }
+  shared.jobs = shared.runs.back().first_job + shared.runs.back().jobs();
+  shared.next = 0;
+  shared.partials.get(static_cast<size_t>(shared.jobs * shared.stride) * sizeof(float));
+}
+
+void attend(const Given& g, Shared& shared, float* scratch, int64_t index) {
+  const auto after = [](int64_t i, const Run& run) { return i < run.first_job; };
+  const Run& run = *(std::upper_bound(shared.runs.begin(), shared.runs.end(), index, after) - 1);
+  const LatentJob job = job_at(g, run, index - run.first_job, shared);
+  latent_kernels(active_isa(), g.dtype).attend(g.params, job, scratch);
+}
+
+void combine(const Given& g, Shared& shared, float* scratch, const Team& team) {
+  for (const Run& run : shared.runs) {
+    if (run.num_splits == 1) continue;
+    const Share mine = team.share(run.count * g.params.heads);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      const LatentJob job = job_at(g, run, row / run.tile_rows * run.num_splits, shared);
+      latent_kernels(active_isa(), g.dtype).combine(g.params, job, run.num_splits, shared.stride, row, scratch);
+    }
+  }
+}
+
+void attention_part(const Given& g, Shared& shared, const Team& team) {
+  static thread_local Scratch thread_scratch;
+  if (team.rank == 0) plan(g, shared);
+  team.sync();
+  float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(shared.scratch) * sizeof(float)));
+  for (int64_t job; (job = shared.next.fetch_add(1)) < shared.jobs;) attend(g, shared, scratch, job);
+  team.sync();
+  combine(g, shared, scratch, team);
+}
+
+void latent_attention(TensorView query, TensorView cache, TensorView seq, TensorView slot, double scale,
+                      TensorView out) {
+  const CacheShape shape = latent_cache_shape(cache);
+  Given g{};
+  check_cpu("query", query), check_cpu("out", out);
+  check_shape("query", query, {-1, -1, shape.dim});
+  check_contiguous("query", query);
+  check_same_dtype("query", query, "cache", shape.dtype);
+  g.tokens = query.size(0);
+  LatentParams& p = g.params;
+  p.heads = query.size(1), p.dim = shape.dim;
+  check_floats("out", out, {g.tokens, p.heads, -1});
+  check_contiguous("out", out);
+  p.rank = out.size(2);
+  if (p.heads < 1) TVM_FFI_THROW(ValueError) << "query: expected at least one head";
+  if (p.rank < 1 || p.rank > p.dim) TVM_FFI_THROW(ValueError) << "rank: expected 1 to " << p.dim << ", got " << p.rank;
+  p.query = query.data_ptr(), p.cache = cache.data_ptr(), p.out = static_cast<float*>(out.data_ptr());
+  p.seq_stride = shape.seq_stride, p.scale = static_cast<float>(scale);
+  g.rows = {nullptr, check_i32("seq", seq, g.tokens), check_i32("slot", slot, g.tokens)};
+  g.dtype = static_cast<int>(shape.dtype);
+  check_rows(g.rows, g.tokens, 0, shape);
+  if (g.tokens == 0) return;
+  auto shared = std::make_shared<Shared>();
+  run_or_record([g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());
+}
+
+}  // namespace
+}  // namespace llmopt
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(latent_attention, llmopt::latent_attention);
