@@ -133,12 +133,12 @@ def _behind(record: Record) -> str:
     for row in record.rows:
         said = {key: value for key, value in row.info.items() if key not in ("weights", "passes")}
         passes = [f"{item['name']}: {item['verdict']}" for item in row.info.get("passes", [])]
-        flat = [f"{key} {_flat(value)}" for key, value in said.items()] + passes
-        lines.append(f"| {row.label} | {'; '.join(flat) or '-'} |")
+        flat = "; ".join([f"{key} {_flat(value)}" for key, value in said.items()] + passes)
+        lines.append(f"| {row.label} | {flat.replace('|', '/') or '-'} |")
     return "\n".join(lines)
 
 
 def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
-    return str(value).replace("|", "/")
+    return str(value)
