@@ -16,6 +16,8 @@ from benchmarks.peers.worker import ContenderError
 REQUIREMENTS = Path(__file__).parent / "requirements"
 # compiled for this processor: a portable build would be a handicap
 _BUILD = {"llama-cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
+# comes along, is not needed, and breaks transformers where its build does not match torch's
+_REMOVE = {"openvino": ("torchvision",)}
 _CHECK = """
 import sys
 from importlib import metadata
@@ -53,6 +55,8 @@ def ensure(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     if checked.returncode:
         say(f"{name}: installing {', '.join(pins(name))} (minutes)")
         _run([str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{name}.txt")], name)
+        if name in _REMOVE:
+            _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *_REMOVE[name]], name)
     return python
 
 
