@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,4 +143,6 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    # so that workers, which sleep in process groups of their own, are ended as after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -116,7 +116,8 @@ def _openvino(setup: Setup) -> Timed:
 
 def _torchao(setup: Setup) -> Timed:
     python = environments.ensure("torchao", setup.cache / "envs", setup.say)
-    return _worker(setup, "torchao-int4", python, "torchao_int4", setup.shape)
+    sequences = ",".join(str(n) for n in sorted({job.sequences for job in setup.jobs}))
+    return _worker(setup, "torchao-int4", python, "torchao_int4", setup.shape, sequences)
 
 
 def _ik(setup: Setup) -> Timed:

@@ -5,9 +5,7 @@ Only one contender is awake at a time. The machine's ceilings are measured at th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +13,10 @@ from typing import Any
 
 from benchmarks.peers.contenders import Timed
 from benchmarks.peers.jobs import Job, Times
+from benchmarks.peers.lock import Lock
 from benchmarks.peers.worker import ContenderError
 
-_START_S, _WARM_UP_S = 1800.0, 900.0
+_START_S, _WARM_UP_S = 3600.0, 900.0  # starting includes compiling
 _WARM_UP_TOKENS = 4
 
 
@@ -55,6 +54,7 @@ class Rounds:
         self, field: Mapping[str, Timed], plan: Plan, every_round: Callable[[], object], say: Callable[[str], None]
     ) -> None:
         self.field, self.plan, self.every_round, self.say = dict(field), plan, every_round, say
+        self.lock = Lock(plan.lock)
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -63,11 +63,12 @@ class Rounds:
                 self._warm_up(name)
             for done in range(self.plan.rounds):
                 self.say(f"round {done + 1} of {self.plan.rounds}")
-                with self._locked():
-                    self.every_round()
+                self.lock.hold()
+                self.every_round()
                 for name, job in self._turns(done):
                     self._turn(name, job)
         finally:
+            self.lock.release()
             for timed in self.field.values():
                 timed.close()
         return self.outcome
@@ -94,10 +95,10 @@ class Rounds:
                 continue
             short = dataclasses.replace(job, tokens=min(job.tokens, _WARM_UP_TOKENS))
             try:
-                with self._awake(name):
+                self._wake(name)
+                times = self._timed(name, short)
+                if job.at_least_s(short, times) > self.plan.cap_s:
                     times = self._timed(name, short)
-                    if job.at_least_s(short, times) > self.plan.cap_s:
-                        times = self._timed(name, short)
             except ContenderError as error:
                 self._skip(name, job, str(error))
                 if name not in self.outcome.info:  # it does not start: nothing else will work
@@ -112,27 +113,25 @@ class Rounds:
         if self.plan.one_at_a_time:
             self.field[name].close()
 
-    def _timed(self, name: str, job: Job) -> Times:
-        with self._locked():
-            return self.field[name].run(job, _WARM_UP_S)
+    def _timed(self, name: str, job: Job, timeout_s: float = _WARM_UP_S) -> Times:
+        self.lock.hold()
+        return self.field[name].run(job, timeout_s)
 
-    @contextlib.contextmanager
-    def _awake(self, name: str) -> Iterator[None]:
+    def _wake(self, name: str) -> None:
+        """Start it if it is not running. Loading and compiling are not timed: others may have the machine meanwhile."""
         timed = self.field[name]
         if not timed.is_running:
+            self.lock.release()
             self.outcome.info[name] = timed.start(_START_S)
-        yield
 
     def _turn(self, name: str, job: Job) -> None:
         if job.cells[0] in self.outcome.skipped.get(name, {}):
             return
-        timed = self.field[name]
         try:
-            if not timed.is_running:
-                timed.start(_START_S)
+            if not self.field[name].is_running:
+                self._wake(name)
                 self._timed(name, dataclasses.replace(self.plan.jobs[0], tokens=_WARM_UP_TOKENS))
-            with self._locked():
-                times = timed.run(job, 3 * self.plan.cap_s + 60)
+            times = self._timed(name, job, 3 * self.plan.cap_s + 60)
         except ContenderError as error:
             self._skip(name, job, str(error))
             return
@@ -145,12 +144,3 @@ class Rounds:
         self.say(f"  {name}: {', '.join(job.cells)} skipped: {reason}")
         for cell in job.cells:
             self.outcome.skipped.setdefault(name, {})[cell] = reason
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        if self.plan.lock is None:
-            yield
-            return
-        with self.plan.lock.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield

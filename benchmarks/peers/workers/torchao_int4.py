@@ -1,9 +1,10 @@
 """torchao's int4 weight-only linears under torch.compile, over a static cache, as its documentation recommends.
 
-    python -m benchmarks.peers.workers.torchao_int4 SHAPE
+    python -m benchmarks.peers.workers.torchao_int4 SHAPE SEQUENCES,SEQUENCES...
 
 The head is a linear, so it becomes int4 as well; the embedding stays bf16. The prompt runs through the same compiled
-forward as the tokens after it; dynamic shapes, so that one compilation serves every depth.
+forward as the tokens after it; dynamic shapes, so that one compilation serves every depth. What each number of sequences
+needs is compiled before the worker says that it is ready, which takes minutes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.peers.workers import serve
 from llmopt.models import shapes
 
 GROUP_SIZE = 128
+_COMPILE_AT = (64, 96)  # a second depth shows the compiler that depths vary
 
 
 class TorchaoEngine:
@@ -78,7 +80,11 @@ def main() -> None:
     replies = serve.private_stdout()
     model = shapes.build(sys.argv[1])
     quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE))
-    serve.serve(TorchaoEngine(model), replies)
+    engine = TorchaoEngine(model)
+    for sequences in sys.argv[2].split(","):
+        for depth in _COMPILE_AT:
+            engine.run(depth, 2, int(sequences))
+    serve.serve(engine, replies)
 
 
 if __name__ == "__main__":
