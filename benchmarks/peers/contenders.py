@@ -36,7 +36,7 @@ class Setup:
     """What contenders are made from."""
 
     shape: str
-    jobs: tuple[Job, ...]
+    jobs: tuple[Job, ...]  # none: to be loaded and looked at only
     threads: int
     cache: Path  # environments, model files and logs
     say: Callable[[str], None]
@@ -100,8 +100,8 @@ def _gguf(setup: Setup, kind: str) -> tuple[Path, Path]:
 def _llama_cpp(kind: str) -> Callable[[Setup], Timed]:
     def build(setup: Setup) -> Timed:
         python, file = _gguf(setup, kind)
-        sequences = max(job.sequences for job in setup.jobs)
-        context = max(job.sequences * (job.depth + job.tokens) for job in setup.jobs)
+        sequences = max((job.sequences for job in setup.jobs), default=1)
+        context = max((job.sequences * (job.depth + job.tokens) for job in setup.jobs), default=256)
         name = f"llama-cpp-{kind}"
         return _worker(setup, name, python, "llama_cpp_python", file, setup.threads, sequences, context)
 

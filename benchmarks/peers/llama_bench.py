@@ -50,7 +50,7 @@ class LlamaBench:
         self.is_running = False
 
     def _bench(self, job: Job, timeout_s: float) -> list[dict[str, Any]]:
-        out = self._call(
+        out, _ = self._call(
             [self.program, "-m", self.model, "-t", self.threads, "-p", job.depth, "-n", 0,
              "-gp", f"{job.depth},{job.tokens}", "-r", 1, "-rtr", 1, "-fa", 1, "-o", "json"], timeout_s,
         )  # fmt: skip
@@ -69,9 +69,9 @@ class LlamaBench:
             [program, "-m", self.model, "-t", self.threads, "-c", context, "-npp", job.depth, "-ntg", job.tokens,
              "-npl", job.sequences, "-rtr", "-fa", "on"], timeout_s,
         )  # fmt: skip
-        return parse_batched(out)
+        return parse_batched("\n".join(out))
 
-    def _call(self, command: list[Any], timeout_s: float) -> str:
+    def _call(self, command: list[Any], timeout_s: float) -> tuple[str, str]:
         words = [str(word) for word in command]
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -80,7 +80,8 @@ class LlamaBench:
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             raise ContenderError(f"{Path(words[0]).name} failed: {said[-1] if said else done.returncode}"[:300])
-        return done.stdout
+        # the table of llama-batched-bench is on stderr in some builds
+        return done.stdout, done.stderr
 
 
 def parse_batched(out: str) -> Times:

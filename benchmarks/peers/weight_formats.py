@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import contenders, jobs
+from benchmarks.peers import contenders
 from benchmarks.peers.__main__ import ROOT, say
 from benchmarks.peers.contenders import EAGER, FIELD, OURS, Setup
 from benchmarks.peers.record import Record, bits_per_weight
@@ -114,7 +114,7 @@ def main(words: Sequence[str] | None = None) -> None:
         shape = record.shape
         found = {row.name: row.info["weights"] for row in record.rows if row.name in COUNTED and "weights" in row.info}
     else:
-        setup = Setup(shape, jobs.parse("16"), environment.visible_cores(), args.cache.resolve(), say)
+        setup = Setup(shape, (), environment.visible_cores(), args.cache.resolve(), say)
         found = gather(setup)
     if args.json:
         args.json.write_text(json.dumps({"shape": shape, "weights": found}, indent=1) + "\n", encoding="utf-8")

@@ -51,11 +51,11 @@ def test_the_table_of_llama_batched_bench_is_read() -> None:
         parse_batched("nothing fits into memory")
 
 
-def program(path: Path, out: str, code: int = 0) -> Path:
+def program(path: Path, out: str, code: int = 0, stream: str = "stdout") -> Path:
     """A program that writes its arguments beside itself and prints ``out``."""
     path.write_text(
         f"#!{sys.executable}\nimport sys, pathlib\npathlib.Path(__file__ + '.args').write_text(' '.join(sys.argv[1:]))\n"
-        f"print({out!r})\nprint('no such file', file=sys.stderr)\nsys.exit({code})\n"
+        f"print({out!r}, file=sys.{stream})\nprint('no such file', file=sys.stderr)\nsys.exit({code})\n"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
@@ -80,8 +80,9 @@ def test_llama_batched_bench_is_looked_for_beside_it(tmp_path: Path) -> None:
     bench = LlamaBench(program(tmp_path / "llama-bench", "[]"), tmp_path / "m.gguf", 2)
     with pytest.raises(ContenderError, match="no llama-batched-bench beside"):
         bench.run(Job(128, 16, 8), 30)
-    program(tmp_path / "llama-batched-bench", TABLE)
-    assert bench.run(Job(128, 16, 8), 30) == Times(2.048, 1.28)
+    for stream in ("stdout", "stderr"):
+        program(tmp_path / "llama-batched-bench", TABLE, stream=stream)
+        assert bench.run(Job(128, 16, 8), 30) == Times(2.048, 1.28)
 
 
 def test_what_llama_bench_says_last_is_the_reason(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def main() -> None:
     model = shapes.build(sys.argv[1])
     quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE))
     engine = TorchaoEngine(model)
-    for sequences in sys.argv[2].split(","):
+    for sequences in filter(None, sys.argv[2].split(",")):
         for depth in _COMPILE_AT:
             engine.run(depth, 2, int(sequences))
     serve.serve(engine, replies)
