@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,21 @@ def test_every_peer_is_pinned(path: Path) -> None:
     pins = environments.pins(path.stem)
     assert pins
     assert all(pin.count("==") == 1 for pin in pins)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_an_environment_is_installed_into_only_if_its_versions_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_right: bool
+) -> None:
+    python = tmp_path / "openvino" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    calls: list[list[str]] = []
+    monkeypatch.setattr(environments, "_run", lambda command, name: calls.append(command))
+    monkeypatch.setattr(environments, "pins", lambda name: [f"rich=={metadata.version('rich') if is_right else '0.1'}"])
+    assert environments.ensure("openvino", tmp_path, lambda text: None) == python
+    assert [command[3] for command in calls] == ([] if is_right else ["install", "uninstall"])
 
 
 @pytest.mark.slow
