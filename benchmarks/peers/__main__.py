@@ -13,13 +13,14 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers import contenders, jobs, tables
 from benchmarks.peers.contenders import FIELD, OURS, Setup, Timed
 from benchmarks.peers.record import Record, Row
-from benchmarks.peers.rounds import Plan, Rounds
+from benchmarks.peers.rounds import Outcome, Plan, Rounds
 from benchmarks.peers.worker import ContenderError
 from llmopt.measure import environment
 from llmopt.measure.ceilings import CeilingMeter, usable_meter
@@ -69,30 +70,51 @@ def main(words: Sequence[str] | None = None) -> int:
     setup = Setup(
         args.shape, args.jobs, args.threads, args.cache.resolve(), say, passes=args.passes, ik_bench=args.ik_bench
     )
-    names = list(dict.fromkeys([OURS, *args.names]))
-    field, refused = make_field(names, setup)
+    args.names = list(dict.fromkeys([OURS, *args.names]))
+    field, refused = make_field(args.names, setup)
     is_large = args.shape != contenders.SMALL and "moe_intermediate_size" in SHAPES[args.shape].config
     plan = Plan(args.jobs, args.rounds, args.cap_s, args.one_at_a_time or is_large, args.lock)
+    ran = command(sys.argv[1:] if words is None else words)
     meter = ceiling_meter(args.threads)
-    rounds = Rounds(field, plan, meter.measure_round if meter else (lambda: None), say)
+
+    def written(outcome: Outcome) -> Record:
+        """The record so far. After every round, so that an interrupt costs one round and not the run."""
+        record = make_record(args, ran, outcome, refused, dict(meter.samples) if meter else {})
+        if args.json:
+            record.to_json(args.json)
+        if args.markdown:
+            args.markdown.write_text(tables.markdown(record), encoding="utf-8")
+        return record
+
+    every_round = meter.measure_round if meter else (lambda: None)
     with meter or CeilingMeter():
-        outcome = rounds.run()
-    cells = [cell for job in args.jobs for cell in job.cells]
-    skipped = {name: dict.fromkeys(cells, reason) for name, reason in refused.items()} | outcome.skipped
-    record = Record(
-        shape=args.shape,
-        command=command(sys.argv[1:] if words is None else words),
-        settings={"threads": args.threads, "rounds": args.rounds, "cap_s": args.cap_s, "tokens": args.tokens,
-                  "one_at_a_time": plan.one_at_a_time, "passes": args.passes or "all"},
-        environment=environment.capture(),
-        cells=sorted(cells, key=lambda cell: (cell.startswith("decode"), "x" in cell)),
-        rows=[Row(name, FIELD[name].label, FIELD[name].is_peer, outcome.info.get(name, {})) for name in names],
-        samples=outcome.samples,
-        skipped=skipped,
-        ceilings=dict(meter.samples) if meter else {},
-    )  # fmt: skip
-    finish(record, args)
+        outcome = Rounds(field, plan, every_round, say, on_round=written).run()
+    tables.print_table(written(outcome))
     return 0 if OURS in outcome.samples else 1
+
+
+def make_record(
+    args: argparse.Namespace, ran: str, outcome: Outcome, refused: Mapping[str, str], measured: dict[Any, list[float]]
+) -> Record:
+    """What the run says of itself.
+
+    Args:
+        args: of the command.
+        ran: the command, as it is shown.
+        outcome: of the rounds done.
+        refused: contenders that could not be set up, and why.
+        measured: ceilings, by kind.
+    """
+    cells = [cell for job in args.jobs for cell in job.cells]
+    settings = {"threads": args.threads, "rounds": outcome.rounds, "cap_s": args.cap_s, "tokens": args.tokens,
+                "passes": args.passes or "all"}  # fmt: skip
+    return Record(
+        shape=args.shape, command=ran, settings=settings, environment=environment.capture(),
+        cells=sorted(cells, key=lambda cell: (cell.startswith("decode"), "x" in cell)),
+        rows=[Row(name, FIELD[name].label, FIELD[name].is_peer, outcome.info.get(name, {})) for name in args.names],
+        samples=outcome.samples, ceilings=measured,
+        skipped={name: dict.fromkeys(cells, reason) for name, reason in refused.items()} | outcome.skipped,
+    )  # fmt: skip
 
 
 def make_field(names: Sequence[str], setup: Setup) -> tuple[dict[str, Timed], dict[str, str]]:
@@ -127,15 +149,6 @@ def command(words: Sequence[str]) -> str:
         else:
             kept.append(word)
     return shlex.join(["python", "-m", "benchmarks.peers", *kept])
-
-
-def finish(record: Record, args: argparse.Namespace) -> None:
-    """Write before printing: a terminal that fails must not cost the measurement."""
-    if args.json:
-        record.to_json(args.json)
-    if args.markdown:
-        args.markdown.write_text(tables.markdown(record), encoding="utf-8")
-    tables.print_table(record)
 
 
 def say(text: str) -> None:

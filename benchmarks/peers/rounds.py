@@ -38,6 +38,7 @@ class Outcome:
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # tokens a second, one a round
     skipped: dict[str, dict[str, str]] = field(default_factory=dict)  # the reason
     info: dict[str, dict[str, Any]] = field(default_factory=dict)  # what contenders say of themselves
+    rounds: int = 0  # done
 
 
 class Rounds:
@@ -48,13 +49,15 @@ class Rounds:
         plan: jobs and rounds.
         every_round: called once a round, with the lock held (ceilings).
         say: progress.
+        on_round: called after each round with what there is by then.
     """
 
     def __init__(
-        self, field: Mapping[str, Timed], plan: Plan, every_round: Callable[[], object], say: Callable[[str], None]
-    ) -> None:
+        self, field: Mapping[str, Timed], plan: Plan, every_round: Callable[[], object], say: Callable[[str], None],
+        *, on_round: Callable[[Outcome], object] = lambda outcome: None,
+    ) -> None:  # fmt: skip
         self.field, self.plan, self.every_round, self.say = dict(field), plan, every_round, say
-        self.lock = Lock(plan.lock)
+        self.on_round, self.lock = on_round, Lock(plan.lock)
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -67,6 +70,8 @@ class Rounds:
                 self.every_round()
                 for name, job in self._turns(done):
                     self._turn(name, job)
+                self.outcome.rounds = done + 1
+                self.on_round(self.outcome)
         finally:
             self.lock.release()
             for timed in self.field.values():

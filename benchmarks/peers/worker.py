@@ -26,7 +26,8 @@ class Worker:
     """A process that speaks the protocol of ``workers/serve.py``.
 
     It has a process group of its own, which is stopped (SIGSTOP) between its turns: thread pools that spin for a while
-    after their work, and compilers in the background, then cost the next contender nothing.
+    after their work, and compilers in the background, then cost the next contender nothing. It stays in the driver's
+    session: Linux may schedule by session (autogroup), and then the driver's niceness would not be the worker's.
 
     Args:
         command: what to run.
@@ -51,7 +52,7 @@ class Worker:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=self.folder,
-                env=self.environment, start_new_session=True,
+                env=self.environment, preexec_fn=os.setpgrp,
             )  # fmt: skip
         info: dict[str, Any] = self._answer(timeout_s)["ready"]
         self._signal(signal.SIGSTOP)

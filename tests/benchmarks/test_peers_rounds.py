@@ -148,6 +148,16 @@ def test_everything_is_closed_whatever_happens() -> None:
     assert not any(fake.is_running for fake in fakes)
 
 
+def test_what_there_is_after_each_round_is_handed_out() -> None:
+    seen: list[tuple[int, int]] = []
+    rounds = Rounds(
+        {"a": Fake("a", [])}, Plan(JOBS, rounds=3), lambda: None, lambda text: None,
+        on_round=lambda out: seen.append((out.rounds, len(out.samples["a"]["decode 512"]))),
+    )  # fmt: skip
+    rounds.run()
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
 def test_the_lock_is_held_while_something_is_timed_and_not_between(tmp_path: Path) -> None:
     lock, held = tmp_path / "lock", []
 
