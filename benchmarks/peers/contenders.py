@@ -126,7 +126,7 @@ def _ik(setup: Setup) -> Timed:
     if not setup.ik_bench.is_file():
         raise ContenderError(f"there is no {setup.ik_bench.name} at the path given")
     _, file = _gguf(setup, "q4_0")
-    return LlamaBench(setup.ik_bench.resolve(), file, setup.threads)
+    return LlamaBench(setup.ik_bench, file, setup.threads)
 
 
 FIELD: Mapping[str, Contender] = {

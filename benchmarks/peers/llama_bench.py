@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class LlamaBench:
     """
 
     def __init__(self, program: Path, model: Path, threads: int) -> None:
-        self.program, self.model, self.threads = program, model, threads
+        self.program, self.model, self.threads = program.resolve(), model.resolve(), threads
         self.build: dict[str, Any] = {}
         self.is_running = False
 
@@ -74,7 +75,9 @@ class LlamaBench:
     def _call(self, command: list[Any], timeout_s: float) -> tuple[str, str]:
         words = [str(word) for word in command]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
+            # they leave a log where they run
+            with tempfile.TemporaryDirectory() as folder:
+                done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired:
             raise ContenderError(f"no answer within {timeout_s:.0f} s") from None
         if done.returncode:

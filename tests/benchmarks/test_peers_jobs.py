@@ -85,6 +85,16 @@ def test_llama_batched_bench_is_looked_for_beside_it(tmp_path: Path) -> None:
         assert bench.run(Job(128, 16, 8), 30) == Times(2.048, 1.28)
 
 
+def test_what_the_programs_leave_lying_about_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = program(tmp_path / "llama-bench", json.dumps([row(16, 0, 1), row(16, 4, 1)]))
+    made.write_text(made.read_text().replace("import sys, pathlib", "import sys, pathlib; open('llama.log', 'w')"))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    LlamaBench(made, tmp_path / "m.gguf", 2).run(Job(16, 4), 30)
+    assert not list(folder.iterdir())
+
+
 def test_what_llama_bench_says_last_is_the_reason(tmp_path: Path) -> None:
     bench = LlamaBench(program(tmp_path / "llama-bench", "", code=1), tmp_path / "m.gguf", 2)
     with pytest.raises(ContenderError, match="llama-bench failed: no such file"):
