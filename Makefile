@@ -1,5 +1,6 @@
-# make demo | test | lint | format | bench | clean | distclean
-# Everything is installed into .venv, from requirements/tested.txt; nothing outside this folder changes.
+# make demo | test | lint | format | bench | peers | clean | distclean
+# Everything is installed into .venv, from requirements/tested.txt (peers: into build/peers, from
+# benchmarks/peers/requirements); nothing outside this folder changes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 CXX_SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 BUILD_FILES := $(CXX_SOURCES) CMakeLists.txt kernels/CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint format bench clean distclean
+.PHONY: demo test lint format bench peers clean distclean
 .DELETE_ON_ERROR:
 
 # optimizes the three bundled checkpoints; writes report.json, report.md, report.png
@@ -36,6 +37,11 @@ format: $(VENV)/.dependencies
 # kernels against the machine's ceilings; ARGS goes to `llmopt kernels`
 bench: $(VENV)/.installed
 	$(VENV)/bin/llmopt kernels $(ARGS)
+
+# llmopt beside other engines, each in an environment of its own; the first time takes many minutes. ARGS goes to
+# benchmarks/peers; IK_BENCH=path/to/llama-bench adds an ik_llama.cpp that you have built
+peers: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks.peers $(if $(IK_BENCH),--ik-bench "$(IK_BENCH)") $(ARGS)
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
