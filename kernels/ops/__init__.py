@@ -13,7 +13,7 @@ from llmopt.ops.spec import Case, OpSpec
 
 __all__ = ["SPECS", "Case", "OpSpec"]
 
-_OPS = ("int4_linear", "int8_linear", "int4_experts", "attention")
+_OPS = ("int4_linear", "int8_linear", "int4_experts", "moe", "attention")
 
 
 class _Specs(Mapping[str, OpSpec]):
