@@ -58,4 +58,16 @@ inline void check_rows(const TokenRows& rows, int64_t count, int64_t positions, 
   }
 }
 
+// [sequences] first slot that each sequence's rows may see (what lies before it is padding), or null: all.
+inline const int32_t* first_slots(const tvm::ffi::Optional<TensorView>& start, const TokenRows& rows, int64_t count,
+                                  const CacheShape& cache) {
+  if (!start.has_value()) return nullptr;
+  const int32_t* first = check_i32("start", *start, cache.sequences);
+  for (int64_t t = 0; !recording() && t < count; ++t)
+    if (first[rows.seq[t]] < 0 || first[rows.seq[t]] > rows.slot[t])
+      TVM_FFI_THROW(IndexError) << "start: expected values in [0, slot], got " << first[rows.seq[t]] << " for slot "
+                                << rows.slot[t];
+  return first;
+}
+
 }  // namespace llmopt

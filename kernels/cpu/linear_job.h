@@ -91,22 +91,23 @@ inline void tiles_product(const LinearWeight& w, const PreparedTokens& x, int64_
   kernels.product(w.quant, x.quant, tokens, tiles.begin, tiles.end, y, panel.get(kernels.panel_bytes(w.quant)));
 }
 
-inline void gated_tiles(const LinearJob& job, const PreparedTokens& x, Share tiles) {
+// y = silu(gate x) * (up x), rows of the given tiles
+inline void gated_tiles(const LinearWeight& gate, const LinearWeight& up, const PreparedTokens& x, int64_t tokens,
+                        Share tiles, const Output& y) {
   static thread_local Scratch scratch;
+  if (tiles.begin >= tiles.end) return;
   const LinearKernels& kernels = linear_kernels(active_isa());
-  const LinearWeight &gate = job.weights[0], &up = job.weights[1];
-  const Output& y = job.outputs[0];
-  if (gate.quantized && job.tokens <= 2)
-    return kernels.gated_product(gate.quant, up.quant, x.quant, job.tokens, tiles.begin, tiles.end, y);
+  if (gate.quantized && tokens <= 2)
+    return kernels.gated_product(gate.quant, up.quant, x.quant, tokens, tiles.begin, tiles.end, y);
   const int64_t width = 16 * kGatedTiles;
-  auto* both = reinterpret_cast<float*>(scratch.get(static_cast<size_t>(job.tokens * 2 * width) * 4));
+  auto* both = reinterpret_cast<float*>(scratch.get(static_cast<size_t>(tokens * 2 * width) * 4));
   for (int64_t t = tiles.begin; t < tiles.end; t += kGatedTiles) {
     const Share some{t, std::min(t + kGatedTiles, tiles.end)};
     // a product addresses its output by row of the whole weight
-    tiles_product(gate, x, job.tokens, some, {both - 16 * t, 2 * width, 0, nullptr});
-    tiles_product(up, x, job.tokens, some, {both + width - 16 * t, 2 * width, 0, nullptr});
+    tiles_product(gate, x, tokens, some, {both - 16 * t, 2 * width, 0, nullptr});
+    tiles_product(up, x, tokens, some, {both + width - 16 * t, 2 * width, 0, nullptr});
     const int64_t rows = std::min(16 * some.end, gate.rows()) - 16 * t;
-    for (int64_t m = 0; m < job.tokens; ++m) {
+    for (int64_t m = 0; m < tokens; ++m) {
       const float* from = both + m * 2 * width;
       kernels.gated(from, from + width, static_cast<float*>(y.data) + m * y.stride + 16 * t, rows);
     }
@@ -131,7 +132,9 @@ inline void linear_part(const LinearJob& job, const Team& team) {
     x = token_buffers(own, job, job.tokens);
     prepare_tokens(job, {0, job.tokens}, x);
   }
-  if (job.gated) return gated_tiles(job, x, team.share(job.weights[0].tiles()));
+  if (job.gated)
+    return gated_tiles(job.weights[0], job.weights[1], x, job.tokens, team.share(job.weights[0].tiles()),
+                       job.outputs[0]);
   const int64_t total = job.bytes();
   int64_t start = 0;
   for (size_t i = 0; i < job.weights.size(); ++i) {

@@ -21,6 +21,7 @@ _OPS = (
     "latent_cache",
     "latent_attention",
     "latent_output",
+    "moe",
 )
 
 

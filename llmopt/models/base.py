@@ -67,6 +67,9 @@ class MoeSpec:
     correction_bias: str | None = None
     group_limited: bool = False
     renormalize: bool = False
+    group_best: int = 1  # a group of experts counts as the sum of its best one, or best two
+    sum_eps: float = 0.0  # renormalizing divides by max(sum + sum_eps, config.<sum_min_key>)
+    sum_min_key: str | None = None
     # name of one expert's linear on disk, where other tools write them unfused
     disk_name: str = "experts.{expert}.{proj}"
 

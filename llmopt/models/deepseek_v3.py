@@ -24,6 +24,8 @@ FAMILY = ModelFamily(
         num_experts_key="n_routed_experts",
         correction_bias="gate.e_score_correction_bias",  # buffer [E]
         group_limited=True,
+        group_best=2,
+        sum_eps=1e-20,
         renormalize=True,  # where config.norm_topk_prob says so, as in every published model
     ),
     keep_fp32=("e_score_correction_bias",),

@@ -16,6 +16,7 @@ FAMILY = ModelFamily(
         num_experts_key="moe_num_experts",
         correction_bias="gate.moe_statics.e_score_correction_bias",  # parameter [1, E]
         renormalize=True,
+        sum_min_key="moe_norm_min",
     ),
     keep_fp32=("gate.weight", "moe_statics"),
     tiny_config={

@@ -25,8 +25,16 @@ from llmopt.runtime.weights import norm_of, weight_of
 class Workspace:
     """Buffers by name and shape, made once: the next layer uses those of the one before."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorded: bool = False) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        self.recorded = recorded
+        self._kept: list[torch.Tensor] = []
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, held as long as the workspace if a program is recorded over it."""
+        if self.recorded:
+            self._kept.append(tensor)
+        return tensor
 
     def get(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A buffer of this shape and dtype; its contents are whatever was there."""
@@ -61,8 +69,8 @@ class GqaBlock:
     def __init__(self, layer: ResolvedLayer, family: ModelFamily, config: Any) -> None:
         attention = layer.attention
         names = [name for stage in family.attention.stages for name in stage]
-        self.qkv = tuple(weight_of(_now(attention, n), f"{layer.name}.{n}") for n in names[:3])
-        self.output = weight_of(_now(attention, names[3]), f"{layer.name}.{names[3]}")
+        self.qkv = tuple(weight_of(getattr(attention, n), f"{layer.name}.{n}") for n in names[:3])
+        self.output = weight_of(getattr(attention, names[3]), f"{layer.name}.{names[3]}")
         self.index = layer.index
         self.norm, self.eps = norm_of(layer.input_norm)
         self.q_norm = self.k_norm = None
@@ -98,14 +106,8 @@ class MlpBlock:
     """Gated MLP: norm and SwiGLU in one op, down projection with residual in another."""
 
     def __init__(self, layer: ResolvedLayer, family: ModelFamily) -> None:
-        spec = family.mlp
         self.norm, self.eps = norm_of(layer.post_norm)
-        self.gate_up: tuple[Weight, ...] = tuple(
-            weight_of(_now(layer.mlp, name), f"{layer.name}.{name}") for name in (spec.gate, spec.up)
-        )
-        self.down = weight_of(_now(layer.mlp, spec.down), f"{layer.name}.{spec.down}")
-        if any(w.bias is not None for w in self.gate_up):
-            raise UnsupportedModelError(f"{layer.name}: an MLP with biases")
+        self.gate_up, self.down = gated_weights(layer.mlp, family, layer.name)
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += down(silu(gate(norm(h))) * up(norm(h)))``."""
@@ -114,6 +116,10 @@ class MlpBlock:
         linears(act, (self.down,), h, mode="add")
 
 
-def _now(parent: Any, name: str) -> Any:
-    """The module that stands there now: a pass may have replaced the one that was resolved."""
-    return getattr(parent, name)
+def gated_weights(mlp: Any, family: ModelFamily, name: str) -> tuple[tuple[Weight, ...], Weight]:
+    """Gate and up, and down, of a gated MLP."""
+    spec = family.mlp
+    gate, up, down = (weight_of(getattr(mlp, part), f"{name}.{part}") for part in (spec.gate, spec.up, spec.down))
+    if gate.bias is not None or up.bias is not None:
+        raise UnsupportedModelError(f"{name}: an MLP with biases")
+    return (gate, up), down

@@ -38,7 +38,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Write new states behind those seen, and return views of all of them: for a layer's own forward."""
         end = self.seen + key_states.shape[-2]
         self.cache.reserve(end)
-        keys, values = self.cache.keys[self.index], self.cache.values[self.index]
+        keys, values = self.cache.parts(self.index)
         keys[:, :, self.seen : end] = key_states
         values[:, :, self.seen : end] = value_states
         self.seen = end
@@ -74,12 +74,16 @@ class KVCache(Cache):  # type: ignore[misc]
         head_dims: sizes of a key and of a value.
         capacity: slots a sequence; more are allocated when needed.
         dtype: of keys and values.
+        latent_rank: of latent attention: a "key" then is a latent of this size with its rope key behind it, and there are
+            no values.
     """
 
     def __init__(
-        self, sequences: int, layers: int, kv_heads: int, head_dims: tuple[int, int], capacity: int, dtype: torch.dtype
-    ) -> None:
+        self, sequences: int, layers: int, kv_heads: int, head_dims: tuple[int, int], capacity: int,
+        dtype: torch.dtype, latent_rank: int | None = None,
+    ) -> None:  # fmt: skip
         self.sequences, self.kv_heads, self.head_dims, self.dtype = sequences, kv_heads, head_dims, dtype
+        self.latent_rank = latent_rank
         self.capacity = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -97,6 +101,13 @@ class KVCache(Cache):  # type: ignore[misc]
     def length(self, value: int) -> None:
         for layer in self.layers:
             layer.seen = value
+
+    def parts(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer's own forward takes for keys and values: of latent attention, latents and rope keys."""
+        if self.latent_rank is None:
+            return self.keys[layer], self.values[layer]
+        rows = self.keys[layer]
+        return rows[..., : self.latent_rank], rows[..., self.latent_rank :]
 
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` slots; what is there is kept."""

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from llmopt.errors import UnsupportedModelError
-from llmopt.models.base import ResolvedModel
+from llmopt.models.base import ModelFamily, ResolvedLayer, ResolvedModel
 from llmopt.ops.embed import embed
 from llmopt.runtime.blocks import Context, GqaBlock, MlpBlock, Rope, Workspace
 from llmopt.runtime.cache import KVCache
+from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.linear import linears
+from llmopt.runtime.moe import MoeBlock
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.weights import norm_of, weight_of
 
@@ -44,7 +46,7 @@ class Engine:
         parent, attr = resolved.parent_of_embedding()
         self.config, self.dtype = config, resolved.dtype
         self.table = weight_of(getattr(parent, attr), "embedding")
-        self.layers = [(GqaBlock(layer, family, config), MlpBlock(layer, family)) for layer in resolved.layers]
+        self.layers = [_blocks(layer, family, config) for layer in resolved.layers]
         self.norm, self.eps = norm_of(resolved.final_norm)
         self.head = weight_of(getattr(resolved.head.parent, resolved.head.attr), resolved.head.name)
         self.hidden_size, self.vocab_size = self.table.cols, self.head.rows
@@ -55,8 +57,12 @@ class Engine:
     def new_cache(self, sequences: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for this model."""
         first = self.layers[0][0]
+        if isinstance(first, LatentBlock):
+            kv_heads, dims, rank = 1, (first.row_size, 0), first.rank
+        else:
+            kv_heads, dims, rank = first.kv_heads, (first.head_dim, first.head_dim), None
         return KVCache(
-            sequences, len(self.layers), first.kv_heads, (first.head_dim, first.head_dim), capacity, dtype or self.dtype
+            sequences, len(self.layers), kv_heads, dims, capacity, dtype or self.dtype, latent_rank=rank
         )  # fmt: skip
 
     def rope(self, positions: int) -> Rope:
@@ -64,9 +70,10 @@ class Engine:
         if self._rope is None or len(self._rope.cos) < positions:
             rows = -(-positions // _ROPE_ROWS) * _ROPE_ROWS
             like = torch.empty(1, 1, 1)
-            cos, sin = self._rotary(like, torch.arange(rows)[None])
-            half = cos.shape[-1] // 2
-            self._rope = Rope(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), self._interleaved)
+            angles = self._rotary(like, torch.arange(rows)[None])
+            # each angle twice, or once as a complex number
+            cos, sin = (angles.real, angles.imag) if isinstance(angles, torch.Tensor) else (_half(x) for x in angles)
+            self._rope = Rope(cos[0].float().contiguous(), sin[0].float().contiguous(), self._interleaved)
         return self._rope
 
     def embed(self, ids: torch.Tensor, out: torch.Tensor) -> None:
@@ -104,13 +111,22 @@ class Engine:
         linears(h, (self.head,), out, norm=self.norm, eps=self.eps)
 
 
+def _half(x: torch.Tensor) -> torch.Tensor:
+    return x[..., : x.shape[-1] // 2]
+
+
+def _blocks(
+    layer: ResolvedLayer, family: ModelFamily, config: Any
+) -> tuple[GqaBlock | LatentBlock, MlpBlock | MoeBlock]:  # fmt: skip
+    latent = family.attention.kind == "mla"
+    attention = LatentBlock(layer, family, config) if latent else GqaBlock(layer, family, config)
+    mlp = MoeBlock(layer, family, config) if layer.experts is not None else MlpBlock(layer, family)
+    return attention, mlp
+
+
 def unsupported(resolved: ResolvedModel) -> str:
     """Why the engine cannot run this model, or ''."""
     config: Any = resolved.model.config
-    if resolved.family.attention.kind != "gqa":
-        return "latent attention (MLA) has no fused block"
-    if any(layer.experts is not None for layer in resolved.layers):
-        return "mixtures of experts have no fused block"
     rotary: Any = resolved.model.get_submodule(resolved.family.rotary)
     kind = getattr(rotary, "rope_type", "default")
     if kind not in _STATIC_ROPE:

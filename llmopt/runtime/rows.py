@@ -31,6 +31,21 @@ class Rows:
             part = slice(start, min(start + size, len(self)))
             yield part, Rows(self.position[part], self.seq[part], self.slot[part])
 
+    def runs(self) -> list[tuple[slice, int, int]]:
+        """Rows of one sequence that follow each other: ``(rows, sequence, slot of the last)``."""
+        seq, slot = self.seq.tolist(), self.slot.tolist()
+        found: list[tuple[slice, int, int]] = []
+        first = 0
+        for i in range(1, len(seq) + 1):
+            if i == len(seq) or seq[i] != seq[first] or slot[i] != slot[i - 1] + 1:
+                found.append((slice(first, i), seq[first], slot[i - 1]))
+                first = i
+        return found
+
+    def longest_run(self) -> int:
+        """Tokens of the longest run."""
+        return max((part.stop - part.start for part, _, _ in self.runs()), default=0)
+
     @staticmethod
     def of_batch(
         batch: int, tokens: int, past: int, position_ids: torch.Tensor | None, keep: torch.Tensor | None

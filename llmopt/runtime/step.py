@@ -34,8 +34,8 @@ class DecodeStep:
             torch.zeros(batch, dtype=torch.int32),
         )  # fmt: skip
         self._hidden = torch.empty(batch, engine.hidden_size)
-        self._context = Context(self._rows, cache, engine.rope(cache.capacity), Workspace())
-        self._program = Program(lambda: self._record(engine), keep=(self, engine, cache.keys, cache.values))
+        self._context = Context(self._rows, cache, engine.rope(cache.capacity), Workspace(recorded=True))
+        self._program = Program(lambda: self._record(engine), keep=(self._context, engine, cache.keys, cache.values))
 
     def _record(self, engine: Engine) -> None:
         # the rows hold the last token's place; a step begins by moving on

@@ -178,16 +178,6 @@ void attention_part(const Given& g, Shared& shared, const Team& team) {
   combine(g, shared.runs, scratch, partials, team);
 }
 
-const int32_t* first_slots(const Given& g, const Optional<TensorView>& start) {
-  if (!start.has_value()) return nullptr;
-  const int32_t* first = check_i32("start", *start, g.cache.sequences);
-  for (int64_t t = 0; !recording() && t < g.tokens; ++t)
-    if (first[g.rows.seq[t]] < 0 || first[g.rows.seq[t]] > g.rows.slot[t])
-      TVM_FFI_THROW(IndexError) << "start: expected values in [0, slot], got " << first[g.rows.seq[t]] << " for slot "
-                                << g.rows.slot[t];
-  return first;
-}
-
 void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, TensorView slot,
                      Optional<TensorView> start, double scale, TensorView out) {
   Given g{};
@@ -207,7 +197,7 @@ void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, T
   g.q = q.data_ptr(), g.k = k.data_ptr(), g.v = v.data_ptr(), g.out = out.data_ptr();
   g.scale = static_cast<float>(scale);
   check_rows(g.rows, g.tokens, 0, g.cache);
-  g.start = first_slots(g, start);
+  g.start = first_slots(start, g.rows, g.tokens, g.cache);
   if (g.tokens == 0) return;
   auto shared = std::make_shared<Shared>();
   run_or_record([g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());

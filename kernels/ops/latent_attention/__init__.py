@@ -15,13 +15,15 @@ __all__ = ["latent_attention"]
 
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
 _LIBRARY.define(
-    "latent_attention(Tensor query, Tensor cache, Tensor seq, Tensor slot, float scale, int rank) -> Tensor"
+    "latent_attention(Tensor query, Tensor cache, Tensor seq, Tensor slot, float scale, int rank, "
+    "Tensor? start=None) -> Tensor"
 )
 
 
 def latent_attention(
-    query: torch.Tensor, cache: torch.Tensor, *, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int
-) -> torch.Tensor:
+    query: torch.Tensor, cache: torch.Tensor, *, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """``softmax(scale * query @ keys.T) @ keys[:, :rank]`` of ragged tokens, for decode and short chunks.
 
     A token sees its sequence's slots up to its own, and nothing it does not see has influence on it, not even a NaN. Everything
@@ -36,6 +38,7 @@ def latent_attention(
         slot: ``[T]`` int32, places in them.
         scale: factor on the scores, with yarn's factor where there is one.
         rank: R.
+        start: ``[S]`` int32, the first slot that a sequence's rows see (left padding lies before it), or None: 0.
 
     Returns:
         ``[T, H, R]`` float32.
@@ -46,29 +49,31 @@ def latent_attention(
         NativeLibraryError: the compiled kernels are not installed.
     """
     if torch.compiler.is_compiling():
-        out: torch.Tensor = torch.ops.llmopt.latent_attention(query, cache, seq, slot, scale, rank)
+        out: torch.Tensor = torch.ops.llmopt.latent_attention(query, cache, seq, slot, scale, rank, start)
         return out
-    return _cpu(query, cache, seq, slot, scale, rank)
+    return _cpu(query, cache, seq, slot, scale, rank, start)
 
 
 def _cpu(
-    query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int
-) -> torch.Tensor:
+    query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     if query.dim() != 3 or rank < 1:
         raise InputError(
             f"latent_attention: expected query [T, H, R + P] and a rank of 1 or more, got {list(query.shape)} and {rank}"
         )
     out = torch.empty(query.shape[0], query.shape[1], rank)
     try:
-        native.library().latent_attention(query, cache, seq, slot, scale, out)
+        native.library().latent_attention(query, cache, seq, slot, start, scale, out)
     except ValueError as error:
         raise InputError(f"latent_attention: {error}") from None
     return out
 
 
 def _fake(
-    query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int
-) -> torch.Tensor:
+    query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     torch._check(query.shape[2] == cache.shape[2], lambda: f"query: expected {cache.shape[2]} columns")
     return query.new_empty(query.shape[0], query.shape[1], rank, dtype=torch.float32)
 

@@ -21,13 +21,14 @@ constexpr int64_t kFewestKeys = 64, kMostSplits = 16;
 struct Given {
   LatentParams params;
   TokenRows rows;
+  const int32_t* start;  // first slot a sequence's rows may see, or null
   int64_t tokens;
   int dtype;
 };
 
-// A run: tokens [token, token + count) of one sequence, the first at `slot`.
+// A run: tokens [token, token + count) of one sequence, the first at `slot`, that see its keys from `start` on.
 struct Run {
-  int64_t token, count, seq, slot;
+  int64_t token, count, seq, slot, start;
   int64_t tile_rows, num_tiles, split_keys, num_splits;
   int64_t first_job;
 
@@ -38,7 +39,7 @@ int64_t ceil_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multi
 
 // The cut follows from the run alone: any number of threads gives the same bits, and so does any company in the batch.
 void cut(int64_t heads, Run& run) {
-  const int64_t rows = run.count * heads, keys = run.slot + run.count;
+  const int64_t rows = run.count * heads, keys = run.slot + run.count - run.start;
   run.num_tiles = (rows + kMostRows - 1) / kMostRows;
   run.tile_rows = std::min(rows, ceil_to((rows + run.num_tiles - 1) / run.num_tiles, kLanes));
   run.num_tiles = (rows + run.tile_rows - 1) / run.tile_rows;
@@ -54,7 +55,7 @@ void find_runs(const Given& g, std::vector<Run>& runs) {
     if (!runs.empty() && runs.back().seq == seq && runs.back().slot + runs.back().count == slot) {
       ++runs.back().count;
     } else {
-      runs.push_back({t, 1, seq, slot, 0, 0, 0, 0, 0});
+      runs.push_back({t, 1, seq, slot, g.start ? g.start[seq] : 0, 0, 0, 0, 0, 0});
     }
   }
   int64_t jobs = 0;
@@ -77,14 +78,14 @@ struct Shared {
 
 LatentJob job_at(const Given& g, const Run& run, int64_t index, Shared& shared) {
   const int64_t split = index % run.num_splits, row = index / run.num_splits * run.tile_rows;
-  const int64_t key = split * run.split_keys, keys = run.slot + run.count;
+  const int64_t key = run.start + split * run.split_keys, end = run.slot + run.count;
   return {run.token,
           run.seq,
           run.slot,
           row,
           std::min(row + run.tile_rows, run.count * g.params.heads),
           key,
-          std::min(key + run.split_keys, keys),
+          std::min(key + run.split_keys, end),
           run.num_splits > 1 ? shared.partial(run.first_job + index) : nullptr};
 }
 
@@ -129,8 +130,8 @@ void attention_part(const Given& g, Shared& shared, const Team& team) {
   combine(g, shared, scratch, team);
 }
 
-void latent_attention(TensorView query, TensorView cache, TensorView seq, TensorView slot, double scale,
-                      TensorView out) {
+void latent_attention(TensorView query, TensorView cache, TensorView seq, TensorView slot,
+                      tvm::ffi::Optional<TensorView> start, double scale, TensorView out) {
   const CacheShape shape = latent_cache_shape(cache);
   Given g{};
   check_cpu("query", query), check_cpu("out", out);
@@ -150,6 +151,7 @@ void latent_attention(TensorView query, TensorView cache, TensorView seq, Tensor
   g.rows = {nullptr, check_i32("seq", seq, g.tokens), check_i32("slot", slot, g.tokens)};
   g.dtype = static_cast<int>(shape.dtype);
   check_rows(g.rows, g.tokens, 0, shape);
+  g.start = first_slots(start, g.rows, g.tokens, shape);
   if (g.tokens == 0) return;
   auto shared = std::make_shared<Shared>();
   run_or_record([g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());
