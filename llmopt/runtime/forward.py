@@ -52,7 +52,7 @@ class FusedForward:
         self, ids: torch.Tensor | None, embeds: torch.Tensor | None, position_ids: torch.Tensor | None,
         cache: KVCache | None, use_cache: bool, keep: torch.Tensor | None,
     ) -> Any:  # fmt: skip
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
         engine = self._engine()
         given = ids if ids is not None else embeds
@@ -80,7 +80,7 @@ class FusedForward:
             h[keep.reshape(-1)] = some
         cache.length = past + tokens
         out = nn.functional.rms_norm(h, (h.shape[1],), engine.norm, engine.eps).view(batch, tokens, -1)
-        return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=cache if use_cache else None)
+        return MoeModelOutputWithPast(last_hidden_state=out, past_key_values=cache if use_cache else None)
 
     def _hooks(self, batch: int, tokens: int, keep: torch.Tensor | None) -> Callable[[int, torch.Tensor], None] | None:
         """Runs the forward hooks on the decoder layers, if there are any."""
@@ -116,8 +116,8 @@ class FusedForward:
             return f"a {type(cache).__name__} instead of llmopt's cache", None
         if cache is not None and cache.sequences != given.shape[0]:
             return "a cache of another batch size", None
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            return "attention weights or hidden states are asked for", None
+        if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "output_router_logits")):
+            return "attention weights, hidden states or router logits are asked for", None
         if torch.is_grad_enabled() and (embeds is not None and embeds.requires_grad or self._stack.training):
             return "gradients are wanted", None
         if _hooked_inside(self._stack):
