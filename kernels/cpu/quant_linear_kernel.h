@@ -106,14 +106,15 @@ inline void store_rows(const Output& y, int64_t token, int64_t row, int64_t rows
   store_rows_as<2>(y, at, row, n, v);
 }
 
-// kS tiles (1 or 2) of weights like w times kM tokens (1 or 2), straight from the stream: the decode path. Two streams
-// keep more of the memory busy than one, above all where a matrix begins; independent sums hide the latency of the dot
-// product.
+// kS tiles (1, 2 or 4) of weights like w times kM tokens (1 or 2), straight from the stream: the decode path. Several
+// streams keep more of the memory busy than one, above all where a matrix begins, and share the activations' quads;
+// independent sums hide the latency of the dot product.
 template <int kBits, int kM, int kS>
 [[gnu::always_inline]] inline void stream_tiles(const QuantWeight& w, const Tile (&tile)[kS], const QuantTokens& x,
                                                 F32x16 (&total)[kS][kM]) {
+  constexpr int kChains = kS == 1 ? 4 : 2, kLast = kChains - 1;
   const uint8_t* v[kS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kS; ++s) {
     v[s] = tile[s].vectors;
 #pragma GCC unroll 2
@@ -121,66 +122,61 @@ template <int kBits, int kM, int kS>
   }
   const int vectors = w.group * kBits / 32;
   for (int64_t g = 0; g < x.num_groups; ++g) {
-    I32x16 acc[kS][kM][4 / kS];
-#pragma GCC unroll 2
+    I32x16 acc[kS][kM][kChains];
+#pragma GCC unroll 4
     for (int s = 0; s < kS; ++s)
 #pragma GCC unroll 2
       for (int m = 0; m < kM; ++m) {
         acc[s][m][0] = start_value(w, tile[s], g, x.sums[m * x.num_groups + g]);
 #pragma GCC unroll 4
-        for (int c = 1; c < 4 / kS; ++c) acc[s][m][c] = zero_i32();
+        for (int c = 1; c < kChains; ++c) acc[s][m][c] = zero_i32();
       }
     const int8_t* q = x.q + g * w.group;
     for (int j = 0; j < vectors; j += 2) {
-      U8x64 a[kS], b[kS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kS; ++s) {
-        a[s] = load_u8x64(v[s]);
-        b[s] = load_u8x64(v[s] + 64);
+        const U8x64 a = load_u8x64(v[s]), b = load_u8x64(v[s] + 64);
         prefetch(v[s] + kPrefetch);
         prefetch(v[s] + kPrefetch + 64);
         v[s] += 128;
-      }
 #pragma GCC unroll 2
-      for (int m = 0; m < kM; ++m) {
-        const int8_t* p = q + m * x.padded_cols;
-#pragma GCC unroll 2
-        for (int s = 0; s < kS; ++s) {
-          I32x16(&sum)[4 / kS] = acc[s][m];
-          constexpr int kLast = 4 / kS - 1;
+        for (int m = 0; m < kM; ++m) {
+          const int8_t* p = q + m * x.padded_cols;
+          I32x16(&sum)[kChains] = acc[s][m];
           if constexpr (kBits == 4) {
-            sum[0] = dot_u4(sum[0], low_nibbles(a[s]), load_quad(p + 8 * j));
-            sum[1] = dot_u4(sum[1], high_nibbles(a[s]), load_quad(p + 8 * j + 4));
-            sum[kLast - 1] = dot_u4(sum[kLast - 1], low_nibbles(b[s]), load_quad(p + 8 * j + 8));
-            sum[kLast] = dot_u4(sum[kLast], high_nibbles(b[s]), load_quad(p + 8 * j + 12));
+            sum[0] = dot_u4(sum[0], low_nibbles(a), load_quad(p + 8 * j));
+            sum[1] = dot_u4(sum[1], high_nibbles(a), load_quad(p + 8 * j + 4));
+            sum[kLast - 1] = dot_u4(sum[kLast - 1], low_nibbles(b), load_quad(p + 8 * j + 8));
+            sum[kLast] = dot_u4(sum[kLast], high_nibbles(b), load_quad(p + 8 * j + 12));
           } else {
-            sum[0] = dot_u8(sum[0], a[s], load_quad(p + 4 * j));
-            sum[1] = dot_u8(sum[1], b[s], load_quad(p + 4 * j + 4));
+            sum[0] = dot_u8(sum[0], a, load_quad(p + 4 * j));
+            sum[1] = dot_u8(sum[1], b, load_quad(p + 4 * j + 4));
           }
         }
       }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int s = 0; s < kS; ++s) {
       const F32x16 scale = load_f16(tile[s].scales + 16 * g);
 #pragma GCC unroll 2
       for (int m = 0; m < kM; ++m) {
         I32x16 sum = add(acc[s][m][0], acc[s][m][1]);
-        if constexpr (kS == 1) sum = add(sum, add(acc[s][m][2], acc[s][m][3]));
+        if constexpr (kChains == 4) sum = add(sum, add(acc[s][m][2], acc[s][m][3]));
         total[s][m] = fmadd(to_f32(sum), mul(scale, set1(x.scales[m * x.num_groups + g])), total[s][m]);
       }
     }
   }
 }
 
-// one tile, or two that lie `apart` tiles from each other
+// one tile, or several that lie `apart` tiles from each other
 template <int kBits, int kM, int kS>
 void stream_product(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t apart, const Output& y) {
   Tile tile[kS];
   F32x16 total[kS][kM];
+#pragma GCC unroll 4
   for (int s = 0; s < kS; ++s) tile[s] = tile_at(w, t + s * apart);
   stream_tiles<kBits, kM, kS>(w, tile, x, total);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kS; ++s)
 #pragma GCC unroll 2
     for (int m = 0; m < kM; ++m) store_rows(y, m, 16 * (t + s * apart), w.rows, total[s][m]);
@@ -188,21 +184,36 @@ void stream_product(const QuantWeight& w, const QuantTokens& x, int64_t t, int64
 
 template <int kBits, int kM>
 void stream(const QuantWeight& w, const QuantTokens& x, int64_t begin, int64_t end, const Output& y) {
-  const int64_t half = (end - begin) / 2;
-  for (int64_t t = begin; t < begin + half; ++t) stream_product<kBits, kM, 2>(w, x, t, half, y);
-  if ((end - begin) % 2) stream_product<kBits, kM, 1>(w, x, end - 1, 0, y);
+  constexpr int kStreams = 4 / kM;
+  const int64_t part = (end - begin) / kStreams;
+  for (int64_t t = begin; t < begin + part; ++t) stream_product<kBits, kM, kStreams>(w, x, t, part, y);
+  for (int64_t t = begin + kStreams * part; t < end; ++t) stream_product<kBits, kM, 1>(w, x, t, 0, y);
+}
+
+// kS / 2 tiles of either weight, `apart` tiles from each other
+template <int kBits, int kM, int kS>
+void gated_stream_product(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t t,
+                          int64_t apart, const Output& y) {
+  Tile tile[kS];
+  F32x16 total[kS][kM];
+#pragma GCC unroll 2
+  for (int s = 0; s < kS / 2; ++s)
+    tile[2 * s] = tile_at(gate, t + s * apart), tile[2 * s + 1] = tile_at(up, t + s * apart);
+  stream_tiles<kBits, kM, kS>(gate, tile, x, total);
+#pragma GCC unroll 2
+  for (int s = 0; s < kS / 2; ++s)
+#pragma GCC unroll 2
+    for (int m = 0; m < kM; ++m)
+      store_rows(y, m, 16 * (t + s * apart), gate.rows, mul(silu(total[2 * s][m]), total[2 * s + 1][m]));
 }
 
 template <int kBits, int kM>
 void gated_stream(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t begin, int64_t end,
                   const Output& y) {
-  for (int64_t t = begin; t < end; ++t) {
-    const Tile tile[2] = {tile_at(gate, t), tile_at(up, t)};
-    F32x16 total[2][kM];
-    stream_tiles<kBits, kM, 2>(gate, tile, x, total);
-#pragma GCC unroll 2
-    for (int m = 0; m < kM; ++m) store_rows(y, m, 16 * t, gate.rows, mul(silu(total[0][m]), total[1][m]));
-  }
+  constexpr int kPairs = 2 / kM;
+  const int64_t part = (end - begin) / kPairs;
+  for (int64_t t = begin; t < begin + part; ++t) gated_stream_product<kBits, kM, 2 * kPairs>(gate, up, x, t, part, y);
+  for (int64_t t = begin + kPairs * part; t < end; ++t) gated_stream_product<kBits, kM, 2>(gate, up, x, t, 0, y);
 }
 
 inline void gated_product(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t tokens,

@@ -102,8 +102,7 @@ AttentionJob job_at(const Given& g, const Run& run, int64_t index, const Partial
   const int64_t row = tile * run.tile_rows, key = split * run.split_keys;
   const int64_t rows = run.count * (g.heads / g.cache.kv_heads);
   float* partial = run.num_splits > 1 ? partials.data + (run.first_job + index) * partials.stride : nullptr;
-  return {0,      head, row, std::min(row + run.tile_rows, rows), key, std::min(key + run.split_keys, run.keys),
-          partial};
+  return {0, head, row, std::min(row + run.tile_rows, rows), key, std::min(key + run.split_keys, run.keys), partial};
 }
 
 // floats a thread needs, and floats between partial results
