@@ -67,7 +67,7 @@ class GqaBlock:
     """Grouped-query attention: norm and merged q/k/v, qk-norm with rope and cache write, attention, output with residual."""
 
     def __init__(self, layer: ResolvedLayer, family: ModelFamily, config: Any) -> None:
-        attention = layer.attention
+        attention: Any = layer.attention
         names = [name for stage in family.attention.stages for name in stage]
         self.qkv = tuple(weight_of(getattr(attention, n), f"{layer.name}.{n}") for n in names[:3])
         self.output = weight_of(getattr(attention, names[3]), f"{layer.name}.{names[3]}")

@@ -37,15 +37,16 @@ class FusedForward:
         position_ids: torch.Tensor | None = None, past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        use_cache = self._stack.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
+        stack: Any = self._stack
+        keeps = bool(stack.config.use_cache if use_cache is None else use_cache)
         reason, keep = self._uncovered(input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
         if reason:
             self._count(reason)
             return self._own(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=keeps, **kwargs,
             )  # fmt: skip
-        return self._run(input_ids, inputs_embeds, position_ids, past_key_values, use_cache, keep)
+        return self._run(input_ids, inputs_embeds, position_ids, past_key_values, keeps, keep)
 
     @torch.no_grad()
     def _run(
@@ -118,7 +119,7 @@ class FusedForward:
             return "a cache of another batch size", None
         if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "output_router_logits")):
             return "attention weights, hidden states or router logits are asked for", None
-        if torch.is_grad_enabled() and (embeds is not None and embeds.requires_grad or self._stack.training):
+        if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or self._stack.training):
             return "gradients are wanted", None
         if _hooked_inside(self._stack):
             return "hooks on modules inside the decoder layers", None

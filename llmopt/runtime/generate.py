@@ -33,6 +33,10 @@ class Generation:
         self._own_prepare = model._prepare_cache_for_generation
         self._idle: list[DecodeStep] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model starts without the memory of this one
+        return {**vars(self), "_idle": []}
+
     # ---- the cache
 
     def prepare_cache(
@@ -71,7 +75,7 @@ class Generation:
         synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
     ) -> Any:  # fmt: skip
         """``GenerationMixin._sample`` with the same arguments and results."""
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         if _uncovered(generation_config, synced_gpus, input_ids, model_kwargs):
             return self._own_sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
@@ -95,7 +99,7 @@ def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[s
         return "attention weights or hidden states are asked for"
     if kwargs.get("inputs_embeds") is not None or ids.device.type != "cpu" or ids.shape[0] != cache.sequences:
         return "embeddings, another device or another batch size"
-    if ids.shape[1] <= cache.length or kwargs.get("position_ids") is not None and cache.length:
+    if ids.shape[1] <= cache.length or (kwargs.get("position_ids") is not None and cache.length):
         return "no new tokens"
     return visible_tokens(kwargs.get("attention_mask"), ids.shape[1] - cache.length, cache)[0]
 
@@ -128,7 +132,7 @@ class _Loop:
         plain = not config.do_sample and not config.return_dict_in_generate and _only_delays_end(processors)
         while True:
             tokens = self._greedy(logits) if plain else None
-            if tokens is None or len(processors) and finish.holds_end(tokens):
+            if tokens is None or (len(processors) and finish.holds_end(tokens)):
                 tokens = self._choose(logits, processors)
             tokens = finish.pad(tokens)
             if self.length == self.ids.shape[1]:
@@ -185,7 +189,9 @@ class _Loop:
         config = self.config
         keep = config.return_dict_in_generate
         raw = logits.clone() if logits is self.step.logits else logits
-        scores = processors(self.ids[:, : self.length], raw.clone() if keep and config.output_logits else raw)
+        scores: torch.Tensor = processors(
+            self.ids[:, : self.length], raw.clone() if keep and config.output_logits else raw
+        )
         if keep and config.output_scores:
             self.scores.append(scores)
         if keep and config.output_logits:

@@ -46,7 +46,8 @@ class MoeBlock:
             self.down = getattr(experts, spec.down).detach()
             self._options = {"intermediate": self.down.shape[-1]}
         self.shared = _shared_experts(layer, family, spec)
-        self.dtype = layer.post_norm.weight.dtype
+        norm: Any = layer.post_norm
+        self.dtype: torch.dtype = norm.weight.dtype
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += moe(norm(h))``."""

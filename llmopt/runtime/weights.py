@@ -30,13 +30,18 @@ def weight_of(module: nn.Module, name: str = "") -> Weight:
         return Weight(
             module.packed, module.num_embeddings, module.embedding_dim, module.bits, module.group_size
         )  # fmt: skip
-    if type(module) not in (nn.Linear, nn.Embedding) or module.weight.dtype not in _PLAIN:
+    weight = getattr(module, "weight", None)
+    if (
+        type(module) not in (nn.Linear, nn.Embedding)
+        or not isinstance(weight, torch.Tensor)
+        or weight.dtype not in _PLAIN
+    ):
         raise UnsupportedModelError(f"{name}: {type(module).__name__} is not a layer the fused ops know")
-    data = module.weight.detach().contiguous()
-    bias = getattr(module, "bias", None)
+    data = weight.detach().contiguous()
+    plain_bias: torch.Tensor | None = getattr(module, "bias", None)
     return Weight(
         data, data.shape[0], data.shape[1], 8 * data.element_size(),
-        bias=None if bias is None else bias.detach().float(),
+        bias=None if plain_bias is None else plain_bias.detach().float(),
     )  # fmt: skip
 
 

@@ -101,6 +101,10 @@ class _Current:
     def forget(self) -> None:
         self._engine = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model has an engine of its own, over its own modules
+        return {**vars(self), "_engine": None}
+
 
 class _FusedHead:
     """The head's ``forward``: float32 in, float32 logits out, whatever the weight."""
@@ -112,7 +116,8 @@ class _FusedHead:
         from llmopt.runtime.linear import linears
 
         if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
-            return self._own(x)
+            own: torch.Tensor = self._own(x)
+            return own
         engine = self._engine()
         out = torch.empty(*x.shape[:-1], engine.vocab_size)
         linears(x.reshape(-1, x.shape[-1]), (engine.head,), out.view(-1, engine.vocab_size))
