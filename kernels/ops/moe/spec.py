@@ -130,8 +130,16 @@ SPEC = OpSpec(
         Case("all_experts", {**SMALL, "experts": 3, "tokens": 5, "routing": Routing(3)}),
         Case(
             "odd_sizes",
-            {"experts": 5, "hidden": 72, "intermediate": 40, "shared": 24, "group": 64, "down_group": 32, "tokens": 7,
-             "routing": Routing(2)},
+            {
+                "experts": 5,
+                "hidden": 72,
+                "intermediate": 40,
+                "shared": 24,
+                "group": 64,
+                "down_group": 32,
+                "tokens": 7,
+                "routing": Routing(2),
+            },
         ),
         Case("asymmetric", {**SMALL, "tokens": 33, "asymmetric": True, "shared": 64, "routing": Routing(2)}),
         Case("shared_int8", {**SMALL, "tokens": 4, "shared": 64, "shared_bits": 8, "routing": Routing(2)}),
