@@ -23,8 +23,8 @@ from llmopt.ops.spec import Case
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
-H, I, E = 64, 48, 32
-COMMON = {"hidden_size": H, "moe_intermediate_size": I, "num_experts_per_tok": 4}
+H, INNER, E = 64, 48, 32
+COMMON = {"hidden_size": H, "moe_intermediate_size": INNER, "num_experts_per_tok": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _qwen3(**change: Any) -> Qwen3MoeConfig:
 
 
 def _ernie(**change: Any) -> Ernie4_5_MoeConfig:
-    sizes = {"hidden_size": H, "moe_intermediate_size": I}
+    sizes = {"hidden_size": H, "moe_intermediate_size": INNER}
     return Ernie4_5_MoeConfig(**sizes, moe_k=4, moe_num_experts=E, moe_num_shared_experts=2, **change)
 
 
@@ -124,7 +124,7 @@ def test_a_block_is_that_of_transformers(name: str, tokens: int, isa: str) -> No
         shared = SharedExperts(*parts, parts[0].shape[0])
     moe(
         h, norm, block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, eps=1e-6,
-        routing=family.routing, intermediate=I, correction_bias=bias_of(block), shared=shared,
+        routing=family.routing, intermediate=INNER, correction_bias=bias_of(block), shared=shared,
     )  # fmt: skip
     torch.testing.assert_close(h, expected, rtol=1e-5, atol=2e-5)
 
@@ -157,7 +157,7 @@ def test_of_equal_scores_the_first_are_chosen_and_nan_chooses_something() -> Non
 # ---- the block: numbers of tokens and choices, recording, threads
 
 PARAMS = {"experts": 16, "hidden": 128, "intermediate": 64, "down_group": 64, "shared": 96, "bias": True}
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "packed": {},
     "dense": {"bits": 16, "dtype": torch.bfloat16},
     "joined": {"intermediate": 40},
@@ -314,10 +314,10 @@ def test_weights_that_are_not_contiguous_are_refused() -> None:
     inputs = given(1, **KINDS["dense"])
     inputs["down"] = inputs["down"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(InputError, match="down: "):
-        recorded_or_direct(inputs)
+        straight(inputs)
 
 
-def recorded_or_direct(inputs: dict[str, Any]) -> None:
+def straight(inputs: dict[str, Any]) -> None:
     names = [a.name for a in torch.ops.llmopt.moe.default._schema.arguments]
     torch.ops.llmopt.moe(*(inputs[n] for n in names))
 
