@@ -68,6 +68,9 @@ def run(
         shared_gate, shared_up, shared_down: the shared experts, or None.
         sizes, shared_sizes: intermediate, group size, down's group size, bits, asymmetric.
         choice, weighting: what ``Routing.choice`` and ``Routing.weighting`` give.
+
+    Raises:
+        InputError: as of ``moe``.
     """
     shared = None
     if shared_gate is not None and shared_up is not None and shared_down is not None:
