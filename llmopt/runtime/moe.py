@@ -96,6 +96,7 @@ def _shared_experts(layer: ResolvedLayer, family: ModelFamily, spec: MoeSpec) ->
     (gate, up), down = gated_weights(module, family, f"{layer.name}.{spec.shared}")
     if down.bias is not None or len({gate.bits, up.bits, down.bits}) > 1:
         raise UnsupportedModelError(f"{layer.name}: shared experts with biases or of several kinds")
-    return SharedExperts(
-        gate.data, up.data, down.data, gate.rows, gate.group_size, down.group_size, gate.bits, gate.asymmetric
-    )
+    parts = (gate.data, up.data, down.data)
+    if not gate.packed:
+        return SharedExperts(*parts, gate.rows)
+    return SharedExperts(*parts, gate.rows, gate.group_size, down.group_size, gate.bits, gate.asymmetric)
