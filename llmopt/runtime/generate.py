@@ -1,11 +1,13 @@
 """The loop behind ``generate``: a recorded step, and a few Python calls a token.
 
-transformers prepares everything (arguments, processors, stopping criteria, cache) and calls ``_sample``, for greedy search
-and for sampling; this takes its place. Beam search and what else is not covered stay transformers' own, on the same modules.
+transformers prepares everything (arguments, processors, stopping criteria, cache) and then runs a decoding method; for greedy
+search and for sampling we hand it ours, as its ``custom_generate``. Beam search and what else is not covered stay
+transformers' own, on the same modules.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,7 @@ from llmopt.runtime.step import DecodeStep
 
 
 class Generation:
-    """Stands in for ``model._sample`` and ``model._prepare_cache_for_generation``.
+    """Stands in for ``model.generate`` and ``model._prepare_cache_for_generation``.
 
     Args:
         model: the causal LM.
@@ -29,6 +31,7 @@ class Generation:
 
     def __init__(self, model: Any, engine: Callable[[], Engine], kv_dtype: torch.dtype | None) -> None:
         self._model, self._engine, self._kv_dtype = model, engine, kv_dtype
+        self._own_generate = model.generate
         self._own_sample = model._sample
         self._own_prepare = model._prepare_cache_for_generation
         self._idle: list[DecodeStep] = []
@@ -70,6 +73,25 @@ class Generation:
 
     # ---- the loop
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate`` with the same arguments and results."""
+        if not _one_by_one(self._model, args, kwargs):
+            return self._own_generate(*args, **kwargs)
+        # transformers gives a custom method neither the streamer nor, for stop strings, the tokenizer
+        streamer, strings = kwargs.get("streamer"), kwargs.pop("stop_strings", None)
+        if strings is not None:
+            kwargs["stopping_criteria"] = _with_stop_strings(strings, kwargs)
+
+        def method(
+            model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+            synced_gpus: bool = False, **model_kwargs: Any,
+        ) -> Any:  # fmt: skip
+            return self.sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+
+        return self._own_generate(*args, **kwargs, custom_generate=method)
+
     def sample(
         self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
@@ -86,6 +108,34 @@ class Generation:
         if not (generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)):
             self._idle = [loop.step]
         return result
+
+
+def _one_by_one(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True for greedy search and sampling, as transformers will tell them from these arguments."""
+    from transformers.generation.configuration_utils import GenerationMode
+
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    config = copy.deepcopy(model.generation_config if given is None else given)
+    positional = len(args) > 2 or any(kwargs.get(n) is not None for n in ("custom_generate", "assistant_model"))
+    if positional or kwargs.get("synced_gpus") or config.stop_strings is not None:
+        return False
+    config.update(**{k: v for k, v in kwargs.items() if k != "generation_config" and hasattr(config, k)})
+    return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def _with_stop_strings(strings: Any, kwargs: dict[str, Any]) -> Any:
+    """The caller's stopping criteria and one for the stop strings.
+
+    Raises:
+        ValueError: no tokenizer was given, as transformers says it.
+    """
+    from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+    tokenizer = kwargs.get("tokenizer")
+    if tokenizer is None:
+        raise ValueError("stop_strings: generate() needs tokenizer= as well, to find them in the tokens")
+    given = kwargs.get("stopping_criteria")
+    return StoppingCriteriaList([*(given or []), StopStringCriteria(tokenizer, strings)])
 
 
 def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[str, Any]) -> str:

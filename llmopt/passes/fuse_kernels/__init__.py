@@ -70,7 +70,7 @@ class FuseKernels(Pass):
         swaps = [
             Swap(stack, "forward", FusedForward(stack, current.get, fallbacks)),
             *(Swap(head, "forward", _FusedHead(head, current.get)) for head in heads.values()),
-            Swap(model, "_sample", generation.sample),
+            Swap(model, "generate", generation.generate),
             Swap(model, "_prepare_cache_for_generation", generation.prepare_cache),
         ]
         coverage = Coverage(
