@@ -17,7 +17,7 @@
 namespace llmopt {
 
 // Tokens up to which every thread prepares all activations for itself: it costs less than a barrier.
-constexpr int64_t kOwnTokens = 8;
+constexpr int64_t kOwnTokens = 2;
 // Bytes of weights below which a second thread is not worth waking.
 constexpr int64_t kBytesPerThread = 16 * 1024;
 // Tiles whose gate and up rows are held between the product and the gating.

@@ -249,6 +249,7 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
 #pragma GCC unroll 4
       for (int i = 0; i < kT; ++i) {
         const U8x64 raw = load_u8x64(v[i]);
+        if constexpr (!kPanel) prefetch(v[i] + 2 * kPrefetch);
         v[i] += 64;
         low[i] = kBits == 4 && !kPanel ? low_nibbles(raw) : raw;
         if constexpr (kBits == 4 && !kPanel) high[i] = high_nibbles(raw);
@@ -288,8 +289,9 @@ void blocks(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t
             const uint8_t* panel) {
   for (; token + kM <= tokens; token += kM) block<kBits, kPanel, kT, kM>(w, x, token, t, y, panel);
   if constexpr (kM > 1) {
-    // the tail halves the block instead of crawling token by token
-    if (token < tokens) blocks<kBits, kPanel, kT, kM / 2>(w, x, token, tokens, t, y, panel);
+    // the tail takes the next smaller power of two instead of crawling token by token
+    constexpr int kNext = kM > 8 ? 8 : kM > 4 ? 4 : kM / 2;
+    if (token < tokens) blocks<kBits, kPanel, kT, kNext>(w, x, token, tokens, t, y, panel);
   }
 }
 
