@@ -36,6 +36,8 @@ class AttentionSpec:
     keep: tuple[str, ...] = ()
     # boolean config field that overrides `rope`: True is interleaved, False is half_split
     rope_key: str | None = None
+    # transformers' own layers rotate interleaved pairs but leave them in halves, and so they lie in its cache
+    rotated_as_halves: bool = False
 
     def rope_style(self, config: Any) -> Literal["half_split", "interleaved"]:
         """Rope style of a model with this config."""

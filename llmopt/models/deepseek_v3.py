@@ -18,6 +18,7 @@ FAMILY = ModelFamily(
         qk_norms=("q_a_layernorm?q_lora_rank", "kv_a_layernorm"),
         keep=("kv_a_proj_with_mqa",),
         rope_key="rope_interleave",
+        rotated_as_halves=True,
     ),
     moe=MoeSpec(
         scoring="sigmoid",

@@ -76,14 +76,15 @@ class KVCache(Cache):  # type: ignore[misc]
         dtype: of keys and values.
         latent_rank: of latent attention: a "key" then is a latent of this size with its rope key behind it, and there are
             no values.
+        own_halves: the model's own layers keep rotated pairs as halves, (0, 2, 4, ..., 1, 3, 5, ...); the engine does not.
     """
 
     def __init__(
         self, sequences: int, layers: int, kv_heads: int, head_dims: tuple[int, int], capacity: int,
-        dtype: torch.dtype, latent_rank: int | None = None,
+        dtype: torch.dtype, latent_rank: int | None = None, own_halves: bool = False,
     ) -> None:  # fmt: skip
         self.sequences, self.kv_heads, self.head_dims, self.dtype = sequences, kv_heads, head_dims, dtype
-        self.latent_rank = latent_rank
+        self.latent_rank, self._own_halves, self._in_halves = latent_rank, own_halves, False
         self.capacity = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -108,6 +109,17 @@ class KVCache(Cache):  # type: ignore[misc]
             return self.keys[layer], self.values[layer]
         rows = self.keys[layer]
         return rows[..., : self.latent_rank], rows[..., self.latent_rank :]
+
+    def order_for(self, *, own_layers: bool) -> None:
+        """Bring what is cached into the order in which the model's own layers, or the engine, keep it."""
+        halves = self._own_halves and own_layers
+        if halves == self._in_halves or self.latent_rank is None:
+            return
+        self._in_halves = halves
+        for keys in self.keys:
+            rotated = keys[:, :, : self.length, self.latent_rank :]
+            pairs = rotated.unflatten(-1, (-1, 2) if halves else (2, -1))
+            rotated.copy_(pairs.transpose(-1, -2).flatten(-2))
 
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` slots; what is there is kept."""
@@ -138,7 +150,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
-        self.length = 0
+        self.length, self._in_halves = 0, False
         self.start.zero_()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

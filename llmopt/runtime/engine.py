@@ -52,6 +52,7 @@ class Engine:
         self.hidden_size, self.vocab_size = self.table.cols, self.head.rows
         self._rotary: Any = model.get_submodule(family.rotary)
         self._interleaved = family.attention.rope_style(config) == "interleaved"
+        self._own_halves = family.attention.rotated_as_halves
         self._rope: Rope | None = None
 
     def new_cache(self, sequences: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
@@ -62,7 +63,8 @@ class Engine:
         else:
             kv_heads, dims, rank = first.kv_heads, (first.head_dim, first.head_dim), None
         return KVCache(
-            sequences, len(self.layers), kv_heads, dims, capacity, dtype or self.dtype, latent_rank=rank
+            sequences, len(self.layers), kv_heads, dims, capacity, dtype or self.dtype, latent_rank=rank,
+            own_halves=self._interleaved and self._own_halves,
         )  # fmt: skip
 
     def rope(self, positions: int) -> Rope:

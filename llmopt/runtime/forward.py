@@ -40,6 +40,8 @@ class FusedForward:
         stack: Any = self._stack
         keeps = bool(stack.config.use_cache if use_cache is None else use_cache)
         reason, keep = self._uncovered(input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
+        if isinstance(past_key_values, KVCache):
+            past_key_values.order_for(own_layers=bool(reason))
         if reason:
             self._count(reason)
             return self._own(
@@ -90,10 +92,9 @@ class FusedForward:
             return None
 
         def call(index: int, h: torch.Tensor) -> None:
-            layer, shown = layers[index], h
-            if keep is not None:
-                shown = torch.zeros(batch * tokens, h.shape[1])
-                shown[keep.reshape(-1)] = h
+            # a copy: whoever keeps it must not see the next layers work on it
+            layer, shown = layers[index], torch.zeros(batch * tokens, h.shape[1])
+            shown[slice(None) if keep is None else keep.reshape(-1)] = h
             shown = shown.view(batch, tokens, -1)
             for hook in list(layer._forward_hooks.values()):
                 changed = hook(layer, (shown,), shown)

@@ -149,9 +149,21 @@ def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[s
         return "attention weights or hidden states are asked for"
     if kwargs.get("inputs_embeds") is not None or ids.device.type != "cpu" or ids.shape[0] != cache.sequences:
         return "embeddings, another device or another batch size"
-    if ids.shape[1] <= cache.length or (kwargs.get("position_ids") is not None and cache.length):
+    if ids.shape[1] <= cache.length:
         return "no new tokens"
+    given = kwargs.get("position_ids")
+    if given is not None:
+        usual = _positions(kwargs.get("attention_mask"), ids.shape)
+        if given.shape[-1] > ids.shape[1] or not bool((given == usual[:, -given.shape[-1] :]).all()):
+            return "positions of the caller's own"
     return visible_tokens(kwargs.get("attention_mask"), ids.shape[1] - cache.length, cache)[0]
+
+
+def _positions(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    """Rope positions ``[batch, tokens]`` as transformers counts them: padding does not count."""
+    if mask is None:
+        return torch.arange(shape[1]).expand(shape)
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class _Loop:
@@ -206,9 +218,8 @@ class _Loop:
         new = self.ids[:, past : self.prompt]
         batch, tokens = new.shape
         _, keep = visible_tokens(self.mask, tokens, cache)
-        positions = None
-        if self.mask is not None:
-            positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        positions = _positions(self.mask, torch.Size((batch, self.prompt)))[:, past:]
+        cache.order_for(own_layers=False)
         cache.reserve(self.prompt + 1)
         if past == 0:
             cache.start.zero_()
