@@ -96,7 +96,7 @@ inline void gated_tiles(const LinearJob& job, const PreparedTokens& x, Share til
   const LinearKernels& kernels = linear_kernels(active_isa());
   const LinearWeight &gate = job.weights[0], &up = job.weights[1];
   const Output& y = job.outputs[0];
-  if (gate.quantized && job.tokens <= 2)
+  if (gate.quantized && job.tokens <= 2 && gate.quant.asymmetric == up.quant.asymmetric)
     return kernels.gated_product(gate.quant, up.quant, x.quant, job.tokens, tiles.begin, tiles.end, y);
   const int64_t width = 16 * kGatedTiles;
   auto* both = reinterpret_cast<float*>(scratch.get(static_cast<size_t>(job.tokens * 2 * width) * 4));
