@@ -102,8 +102,7 @@ AttentionJob job_at(const Given& g, const Run& run, int64_t index, const Partial
   const int64_t row = tile * run.tile_rows, key = split * run.split_keys;
   const int64_t rows = run.count * (g.heads / g.cache.kv_heads);
   float* partial = run.num_splits > 1 ? partials.data + (run.first_job + index) * partials.stride : nullptr;
-  return {0,      head, row, std::min(row + run.tile_rows, rows), key, std::min(key + run.split_keys, run.keys),
-          partial};
+  return {0, head, row, std::min(row + run.tile_rows, rows), key, std::min(key + run.split_keys, run.keys), partial};
 }
 
 // floats a thread needs, and floats between partial results
@@ -200,6 +199,7 @@ void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, T
   check_contiguous("out", out);
   check_same_dtype("out", out, "k", g.cache.dtype);
   g.tokens = q.size(0), g.heads = q.size(1);
+  if (g.heads < 1 || g.cache.dim < 1) TVM_FFI_THROW(ValueError) << "q: expected at least one head and one value";
   if (g.cache.kv_heads == 0 || g.heads % g.cache.kv_heads != 0)
     TVM_FFI_THROW(ValueError) << "k: expected a number of heads that divides q's " << g.heads << ", got "
                               << g.cache.kv_heads;

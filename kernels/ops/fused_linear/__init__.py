@@ -75,6 +75,11 @@ def fused_linear(
         InputError: shapes or dtypes do not fit together.
         NativeLibraryError: the compiled kernels are not installed.
     """
+    if mode not in MODES:
+        raise InputError.argument("fused_linear: mode", expected=" | ".join(MODES), got=mode)
+    cols = {w.cols for w in weights}
+    if x.dim() == 2 and cols - {x.shape[1]}:
+        raise InputError.argument("fused_linear: weights", expected=f"x's {x.shape[1]} columns", got=sorted(cols))
     sizes = {w.group_size for w in weights if w.packed}
     if len(sizes) > 1:
         raise InputError.argument("fused_linear: weights", expected="one group size", got=sorted(sizes))
