@@ -92,15 +92,18 @@ def flops(
 def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, seq: torch.Tensor, slot: torch.Tensor, scale: float, **_: Any
 ) -> Callable[[], torch.Tensor]:
-    """torch's scaled_dot_product_attention on the sequence of the first row: one chunk is what real cases have."""
-    keys, values = (x[seq[0], :, : int(slot[-1]) + 1][None] for x in (k, v))
-    queries = q.transpose(0, 1)[None]
-    seen = torch.arange(keys.shape[2]) <= slot[:, None]
+    """torch's scaled_dot_product_attention, one call a sequence; real cases have one chunk of each."""
+    calls = []
+    for s in torch.unique(seq).tolist():
+        own = slot[seq == s]
+        keys, values = (x[s, :, : int(own[-1]) + 1][None] for x in (k, v))
+        calls.append((q[seq == s].transpose(0, 1)[None], keys, values, torch.arange(keys.shape[2]) <= own[:, None]))
 
     def run() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=seen, scale=scale, enable_gqa=True
-        )
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(*call, scale=scale, enable_gqa=True) for call in calls
+        ]
+        return torch.cat(parts, dim=2)
 
     return run
 

@@ -27,7 +27,7 @@ def tokens_of(count: int, k: int, g: torch.Generator) -> torch.Tensor:
 def weight_data(kind: str, n: int, k: int, group: int, g: torch.Generator) -> torch.Tensor:
     """A weight ``[n, k]`` of about 1/sqrt(k). ``kind``: f32, bf16, f16, int4, int8, or those two asymmetric: int4a, int8a."""
     if kind in _PLAIN:
-        return (torch.randn(n, k, generator=g) * k**-0.5).to(_PLAIN[kind])
+        return torch.randn(n, k, generator=g).mul(k**-0.5).to(_PLAIN[kind])
     bits, groups = int(kind[3]), -(-k // group)
     q = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)
     scales = (torch.rand(n, groups, generator=g) + 0.1) * k**-0.5 / 2 ** (bits - 1)
