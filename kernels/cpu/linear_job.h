@@ -97,7 +97,7 @@ inline void gated_tiles(const LinearWeight& gate, const LinearWeight& up, const 
   static thread_local Scratch scratch;
   if (tiles.begin >= tiles.end) return;
   const LinearKernels& kernels = linear_kernels(active_isa());
-  if (gate.quantized && tokens <= 2)
+  if (gate.quantized && tokens <= 2 && gate.quant.asymmetric == up.quant.asymmetric)
     return kernels.gated_product(gate.quant, up.quant, x.quant, tokens, tiles.begin, tiles.end, y);
   const int64_t width = 16 * kGatedTiles;
   auto* both = reinterpret_cast<float*>(scratch.get(static_cast<size_t>(tokens * 2 * width) * 4));

@@ -3,6 +3,7 @@
 
 #include <tvm/ffi/tvm_ffi.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -12,7 +13,7 @@ namespace {
 
 struct Program {
   std::vector<Task> tasks;
-  // as many as when it was recorded: tasks may have sized their buffers by it
+  // no more than when any task was recorded: it may have sized its buffers by that
   int threads = omp_get_max_threads();
 
   void run(int64_t times) const {
@@ -59,6 +60,7 @@ bool recording() { return current != nullptr; }
 
 void run_or_record(Task task, int threads) {
   if (current) {
+    current->threads = std::min(current->threads, omp_get_max_threads());
     current->tasks.push_back(std::move(task));
   } else {
     run_team(threads, task);

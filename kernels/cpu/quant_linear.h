@@ -62,7 +62,8 @@ struct LinearKernels {
   // y[token, row] for tokens [0, tokens) and tiles [tile_begin, tile_end); panel: scratch of panel_bytes()
   void (*product)(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t tile_begin, int64_t tile_end,
                   const Output& y, uint8_t* panel);
-  // y = silu(gate x) * (up x) for one or two tokens: both weights are read as two streams side by side
+  // y = silu(gate x) * (up x) for one or two tokens: both weights, of one format, are read as two streams
+  // side by side
   void (*gated_product)(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t tokens,
                         int64_t tile_begin, int64_t tile_end, const Output& y);
   // writes row `row` of the weight, dequantized, to float32 out[cols]

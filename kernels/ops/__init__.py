@@ -14,15 +14,10 @@ from llmopt.ops.spec import Case, OpSpec
 __all__ = ["SPECS", "Case", "OpSpec"]
 
 _OPS = (
-    "int4_linear",
-    "int8_linear",
-    "int4_experts",
-    "attention",
-    "latent_cache",
-    "latent_attention",
-    "latent_output",
-    "moe",
-)
+    "int4_linear", "int8_linear", "int4_experts", "attention",
+    "embed", "fused_linear", "rope_cache", "cache_attention", "latent_cache", "latent_attention", "latent_output",
+    "moe", "next_token",
+)  # fmt: skip
 
 
 class _Specs(Mapping[str, OpSpec]):

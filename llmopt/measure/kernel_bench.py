@@ -268,4 +268,5 @@ def _compute_kinds(inputs: Inputs) -> tuple[Kind, ...]:
 
 def _float_dtype(inputs: Inputs) -> torch.dtype:
     tensors = (value for value in inputs.values() if isinstance(value, torch.Tensor))
-    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    # packed bytes alone stand for float32
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)

@@ -29,6 +29,8 @@ def embed(ids: torch.Tensor, table: Weight, out: torch.Tensor) -> None:
     """
     if table.asymmetric:
         raise InputError.argument("embed: table", expected="symmetric", got="asymmetric")
+    if out.dim() == 2 and out.shape[1] != table.cols:
+        raise InputError.argument("embed: out", expected=f"the table's {table.cols} columns", got=out.shape[1])
     args = (ids, table.data, table.rows, table.bits, table.group_size, out)
     if torch.compiler.is_compiling():
         torch.ops.llmopt.embed(*args)

@@ -44,8 +44,9 @@ void copy_row(const Table& table, int64_t row, float* out) {
 
 void embed(TensorView ids, TensorView table, int64_t rows, int64_t bits, int64_t group, TensorView y) {
   check_cpu("ids", ids), check_i64("ids", ids), check_shape("ids", ids, {-1});
-  check_cpu("y", y), check_shape("y", y, {ids.size(0), -1});
-  if (float_dtype("y", y) != DType::kF32) TVM_FFI_THROW(ValueError) << "y: expected dtype float32";
+  check_cpu("out", y), check_shape("out", y, {ids.size(0), -1});
+  if (float_dtype("out", y) != DType::kF32) TVM_FFI_THROW(ValueError) << "out: expected dtype float32";
+  if (rows < 1) TVM_FFI_THROW(ValueError) << "rows: expected at least 1, got " << rows;
   if (bits != 4 && bits != 8 && bits != 16 && bits != 32)
     TVM_FFI_THROW(ValueError) << "bits: expected 4, 8, 16 or 32, got " << bits;
   Table t{{}, y.size(1)};

@@ -21,9 +21,10 @@ Mode = Literal["store", "add", "swiglu"]
 MODES: dict[Mode, int] = {"store": 0, "add": 1, "swiglu": 2}
 
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
+# not "mode": an argument of that name gets in torch's way when it functionalizes the op
 _LIBRARY.define(
     "fused_linear(Tensor x, Tensor? norm, float eps, Tensor[] weights, int[] rows, int[] bits, int[] asymmetric, "
-    "int group_size, Tensor[]? biases, int mode, Tensor(a!) out) -> ()"
+    "int group_size, Tensor[]? biases, int epilogue, Tensor(a!) out) -> ()"
 )
 
 
@@ -74,6 +75,11 @@ def fused_linear(
         InputError: shapes or dtypes do not fit together.
         NativeLibraryError: the compiled kernels are not installed.
     """
+    if mode not in MODES:
+        raise InputError.argument("fused_linear: mode", expected=" | ".join(MODES), got=mode)
+    cols = {w.cols for w in weights}
+    if x.dim() == 2 and cols - {x.shape[1]}:
+        raise InputError.argument("fused_linear: weights", expected=f"x's {x.shape[1]} columns", got=sorted(cols))
     sizes = {w.group_size for w in weights if w.packed}
     if len(sizes) > 1:
         raise InputError.argument("fused_linear: weights", expected="one group size", got=sorted(sizes))
@@ -92,12 +98,12 @@ def fused_linear(
 
 def _cpu(
     x: torch.Tensor, norm: torch.Tensor | None, eps: float, weights: list[torch.Tensor], rows: list[int],
-    bits: list[int], asymmetric: list[int], group_size: int, biases: list[torch.Tensor] | None, mode: int,
+    bits: list[int], asymmetric: list[int], group_size: int, biases: list[torch.Tensor] | None, epilogue: int,
     out: torch.Tensor,
 ) -> None:  # fmt: skip
     try:
         native.library().fused_linear(
-            x, norm, eps, weights, rows, bits, asymmetric, group_size, biases, mode, out
+            x, norm, eps, weights, rows, bits, asymmetric, group_size, biases, epilogue, out
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"fused_linear: {error}") from None
@@ -105,10 +111,10 @@ def _cpu(
 
 def _fake(
     x: torch.Tensor, norm: torch.Tensor | None, eps: float, weights: list[torch.Tensor], rows: list[int],
-    bits: list[int], asymmetric: list[int], group_size: int, biases: list[torch.Tensor] | None, mode: int,
+    bits: list[int], asymmetric: list[int], group_size: int, biases: list[torch.Tensor] | None, epilogue: int,
     out: torch.Tensor,
 ) -> None:  # fmt: skip
-    width = rows[0] if mode == MODES["swiglu"] else sum(rows)
+    width = rows[0] if epilogue == MODES["swiglu"] else sum(rows)
     torch._check(out.shape == (x.shape[0], width), lambda: f"out: expected shape {(x.shape[0], width)}")
 
 

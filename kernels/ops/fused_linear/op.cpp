@@ -40,6 +40,8 @@ void check_weights(const Given& given, int64_t mode) {
   if (mode < kStore || mode > kSwiGLU) TVM_FFI_THROW(ValueError) << "mode: expected 0, 1 or 2, got " << mode;
   if (mode == kSwiGLU && (n != 2 || given.rows[0] != given.rows[1] || given.bits[0] != given.bits[1]))
     TVM_FFI_THROW(ValueError) << "weights: expected gate and up of one shape and one number of bits";
+  for (int64_t rows : given.rows)
+    if (rows < 1) TVM_FFI_THROW(ValueError) << "rows: expected at least 1, got " << rows;
   for (size_t i = 0; i < n; ++i)
     if (given.bits[i] != 4 && given.bits[i] != 8 && given.bits[i] != 16 && given.bits[i] != 32)
       TVM_FFI_THROW(ValueError) << "bits: expected 4, 8, 16 or 32, got " << given.bits[i];
@@ -66,6 +68,7 @@ void fused_linear(TensorView x, Optional<TensorView> norm, double eps, Array<Ten
   job.tokens = tokens;
   job.gated = mode == kSwiGLU;
   int64_t width = 0;
+  check_cpu("out", y), check_shape("out", y, {tokens, -1});
   auto* out = static_cast<float*>(y.data_ptr());
   if (biases.has_value() && ((*biases).size() != weights.size() || job.gated))
     TVM_FFI_THROW(ValueError) << "biases: expected one a weight, and none with swiglu";
@@ -75,9 +78,8 @@ void fused_linear(TensorView x, Optional<TensorView> norm, double eps, Array<Ten
     if (job.outputs.empty() || !job.gated) job.outputs.push_back({out + width, y.stride(0), 0, bias, mode == kAdd});
     width += rows[i];
   }
-  check_cpu("y", y);
-  check_shape("y", y, {tokens, job.gated ? rows[0] : width});
-  if (float_dtype("y", y) != DType::kF32) TVM_FFI_THROW(ValueError) << "y: expected dtype float32";
+  check_shape("out", y, {tokens, job.gated ? rows[0] : width});
+  if (float_dtype("out", y) != DType::kF32) TVM_FFI_THROW(ValueError) << "out: expected dtype float32";
   const LinearWeight* dense = job.first(false);
   for (const LinearWeight& w : job.weights)
     if (!w.quantized && w.dense.dtype != dense->dense.dtype)

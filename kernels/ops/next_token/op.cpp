@@ -15,9 +15,10 @@ struct Best {
 };
 
 void next_token(TensorView logits, TensorView ids) {
-  const int64_t rows = ids.size(0), vocab = logits.ndim() == 2 ? logits.size(1) : 0;
-  const float* x = check_floats("logits", logits, {rows, -1});
   check_cpu("ids", ids), check_i64("ids", ids), check_shape("ids", ids, {-1});
+  const int64_t rows = ids.size(0);
+  const float* x = check_floats("logits", logits, {rows, -1});
+  const int64_t vocab = logits.size(1);
   if (vocab == 0) TVM_FFI_THROW(ValueError) << "logits: expected at least one column";
   const int64_t stride = logits.stride(0);
   auto* out = static_cast<int64_t*>(ids.data_ptr());
@@ -46,6 +47,7 @@ void next_token(TensorView logits, TensorView ids) {
 }
 
 void advance(TensorView position, TensorView slot) {
+  check_shape("position", position, {-1});
   const int64_t rows = position.size(0);
   auto* p = const_cast<int32_t*>(check_i32("position", position, rows));
   auto* s = const_cast<int32_t*>(check_i32("slot", slot, rows));

@@ -1,0 +1,35 @@
+"""rope_cache in plain torch: the truth for tests and benchmarks."""
+
+from __future__ import annotations
+
+import torch
+
+from llmopt.ops.fused_linear.reference import rms_norm
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    """Turn the first R values of each head of x ``[T, H, D]``; cos and sin are ``[T, R / 2]``."""
+    half = cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None]
+    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    a, b = x[..., first], x[..., second]
+    y = x.clone()
+    y[..., first] = a * cos - b * sin
+    y[..., second] = b * cos + a * sin
+    return y
+
+
+def rope_cache(
+    qkv: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cos: torch.Tensor, sin: torch.Tensor,
+    position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool = False,
+    q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """Arguments as of :func:`llmopt.ops.rope_cache.rope_cache`; q, k and v are written."""
+    heads, kv_heads, dim = q.shape[1], k.shape[1], k.shape[3]
+    queries, keys, values = qkv.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = cos[position.long()], sin[position.long()]
+    q.copy_(rotate(rms_norm(queries, q_norm, eps), cos, sin, interleaved=interleaved))
+    keys = rotate(rms_norm(keys, k_norm, eps), cos, sin, interleaved=interleaved)
+    k[seq.long(), :, slot.long()] = keys.to(k.dtype)
+    v[seq.long(), :, slot.long()] = values.to(v.dtype)
