@@ -28,7 +28,8 @@ HEAVY_WEIGHTS, HEAVY_TOKENS = 50_000_000, 512
 def is_heavy(case: Case) -> bool:
     """Too much for the portable loops: a whole output head, a layer of experts, or a long prompt."""
     p = case.params
-    rows = p.get("n", 0) + sum(n for n, _ in p.get("weights", ()))
+    listed = p.get("weights")
+    rows = p.get("n", 0) + (sum(n for n, _ in listed) if isinstance(listed, tuple | list) else 0)
     weights = rows * p.get("k", 0) + 3 * p.get("experts", 0) * p.get("hidden", 0) * p.get("intermediate", 0)
     return weights > HEAVY_WEIGHTS or p.get("tokens", 0) >= HEAVY_TOKENS
 
