@@ -149,6 +149,10 @@ def test_tolerance_is_of_the_inputs_dtype() -> None:
     assert kernel_bench.check(coarse, {"x": torch.ones(8)})[0] is None
 
 
+def test_inputs_without_a_floating_tensor_take_the_tolerance_of_float32() -> None:
+    assert kernel_bench.check(spec(), {"x": torch.ones(8, dtype=torch.uint8)}) == (None, 0.0)
+
+
 def test_rounds_below_one_are_refused() -> None:
     with pytest.raises(InputError, match="rounds: expected at least 1, got 0"):
         kernel_bench.run([], rounds=0)
