@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -238,9 +239,11 @@ def test_every_public_function_has_a_docstring_where_users_look() -> None:
     for name in llmopt.__all__:
         if name not in ("errors", "Report"):
             assert getattr(llmopt, name).__doc__, name
-    for spec in SPECS.values():
-        assert "Args:" in (spec.run.__doc__ or ""), spec.name
-        assert "Raises:" in (spec.run.__doc__ or ""), spec.name
+    for name in SPECS:
+        # not the spec's run: that of an op that writes into its arguments is a wrapper for tests and benchmarks
+        function = getattr(importlib.import_module(f"llmopt.ops.{name}"), name)
+        assert "Args:" in (function.__doc__ or ""), name
+        assert "Raises:" in (function.__doc__ or ""), name
 
 
 OP_FOLDERS = sorted(p.parent for p in (ROOT / "kernels" / "ops").glob("*/__init__.py"))

@@ -323,7 +323,10 @@ def by_schema(name: str, inputs: Inputs) -> list[Any]:
     """The torch op's arguments, in its order; new outputs among them, if it writes to those it is given."""
     spec = SPECS.get(name)
     arguments = spec.torch_arguments(**inputs) if spec is not None and spec.torch_arguments is not None else inputs
-    return [arguments[argument.name] for argument in schema_of(name).arguments]
+    return [
+        arguments[a.name] if a.name in arguments or not a.has_default_value() else a.default_value
+        for a in schema_of(name).arguments
+    ]
 
 
 def schema_of(name: str) -> Any:
