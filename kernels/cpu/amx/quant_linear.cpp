@@ -102,8 +102,9 @@ inline void step(const Operands& o, int64_t g, int32_t (&sums)[kAhead][256], F32
   if (g < o.groups) multiply<kGroup, kSlot>(o, g, sums[kSlot]);
 }
 
+// stores tokens [token + first, token + 16)
 template <int kGroup>
-void tile_product(const Operands& o, const Output& y, int64_t token, int64_t row, int64_t rows) {
+void tile_product(const Operands& o, const Output& y, int64_t token, int first, int64_t row, int64_t rows) {
   alignas(64) int32_t sums[kAhead][256];
   F32x16 total[16];
 #pragma GCC unroll 16
@@ -117,7 +118,7 @@ void tile_product(const Operands& o, const Output& y, int64_t token, int64_t row
   alignas(64) float out[16][16];
 #pragma GCC unroll 16
   for (int m = 0; m < 16; ++m) store(out[m], total[m]);
-  for (int m = 0; m < 16; ++m) store_rows(y, token + m, row, rows, load(out[m]));
+  for (int m = first; m < 16; ++m) store_rows(y, token + m, row, rows, load(out[m]));
 }
 
 // the panel's tiles [begin, end) times all tokens
@@ -125,8 +126,9 @@ template <int kGroup>
 void panel_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t begin, int64_t end,
                    const Output& y, const uint8_t* panel) {
   for (int64_t next = 0; next < tokens; next += 16) {
-    // the last block is 16 tokens too: some of them once more, to the same bits
+    // the last block is 16 tokens too; those it shares with the block before are stored already
     const int64_t token = next + 16 <= tokens ? next : tokens - 16;
+    const int first = static_cast<int>(next - token);
     for (int64_t t = begin; t < end; ++t) {
       const Operands o{x.q + token * x.padded_cols,
                        x.padded_cols,
@@ -134,7 +136,7 @@ void panel_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, i
                        tile_at(w, t).scales,
                        x.scales + token * x.num_groups,
                        x.num_groups};
-      tile_product<kGroup>(o, y, token, 16 * t, w.rows);
+      tile_product<kGroup>(o, y, token, first, 16 * t, w.rows);
     }
   }
 }
