@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,7 @@ def supported_isas() -> tuple[str, ...]:
     """Instruction sets of this processor, the slowest first."""
     if not native.available():
         return ()
-    # AMX only when it is asked for, as for users: LLMOPT_ISA=amx make test
-    wanted = str(native.library().supported_isa())
-    best = wanted if os.environ.get("LLMOPT_ISA") == "amx" else str(native.library().detected_isa())
+    best = str(native.library().supported_isa())
     return ISA_NAMES[: ISA_NAMES.index(best) + 1]
 
 

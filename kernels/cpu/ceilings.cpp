@@ -65,7 +65,7 @@ void touch(const TensorView& buffer) {
 double read(const TensorView& buffer, double ms) {
   const Pages pages = pages_of(buffer);
   // memory is the same whichever instruction set the kernels were told to use
-  const auto loop = loops_of(detect_isa()).read;
+  const auto loop = loops_of(supported_isa()).read;
   int64_t total = 0;
   uint64_t checksum = 0;
   double begin = 0.0;

@@ -48,7 +48,7 @@ Isa find_isa() {
 }
 
 std::atomic<int>& current() {
-  static std::atomic<int> value{static_cast<int>(detect_isa())};
+  static std::atomic<int> value{static_cast<int>(supported_isa())};
   return value;
 }
 
@@ -72,9 +72,6 @@ Isa supported_isa() {
   return best;
 }
 
-// AMX has not run on a processor that has it yet (docs/decisions/0007): only who asks for it by name gets it
-Isa detect_isa() { return supported_isa() == Isa::kAmx ? Isa::kAvx512 : supported_isa(); }
-
 Isa active_isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
 
 const char* isa_name(Isa isa) {
@@ -88,7 +85,7 @@ const char* isa_name(Isa isa) {
 
 void force_isa(const std::string& name) {
   const Isa best = supported_isa();
-  Isa wanted = detect_isa();
+  Isa wanted = best;
   if (name == "portable") {
     wanted = Isa::kPortable;
   } else if (name == "avx2") {
@@ -121,7 +118,6 @@ void force_bf16_dots(const std::string& name) {
 namespace {
 void force_isa_export(const tvm::ffi::String& name) { llmopt::force_isa(std::string(name)); }
 tvm::ffi::String active_isa_export() { return llmopt::isa_name(llmopt::active_isa()); }
-tvm::ffi::String detected_isa_export() { return llmopt::isa_name(llmopt::detect_isa()); }
 tvm::ffi::String supported_isa_export() { return llmopt::isa_name(llmopt::supported_isa()); }
 void force_bf16_dots_export(const tvm::ffi::String& name) { llmopt::force_bf16_dots(std::string(name)); }
 bool fast_bf16_dots_export() { return llmopt::fast_bf16_dots(); }
@@ -129,7 +125,6 @@ bool fast_bf16_dots_export() { return llmopt::fast_bf16_dots(); }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(force_isa, force_isa_export);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(active_isa, active_isa_export);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(detected_isa, detected_isa_export);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(supported_isa, supported_isa_export);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(force_bf16_dots, force_bf16_dots_export);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fast_bf16_dots, fast_bf16_dots_export);

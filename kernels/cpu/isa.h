@@ -10,11 +10,9 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 // Best ISA this processor and operating system support. The first call asks Linux for the AMX tile registers, which a
 // process may not touch without: from then on every thread of the process may.
 Isa supported_isa();
-// What "auto" takes: the best supported, AMX left aside.
-Isa detect_isa();
-// ISA in force: the detected one unless force_isa() chose another.
+// ISA in force: the best supported unless force_isa() chose another.
 Isa active_isa();
-// Forces an ISA ("portable", "avx2", "avx512", "amx") or, with "auto", returns to the detected one. Throws if unsupported.
+// Forces an ISA ("portable", "avx2", "avx512", "amx") or, with "auto", returns to the best. Throws if unsupported.
 void force_isa(const std::string& name);
 const char* isa_name(Isa isa);
 

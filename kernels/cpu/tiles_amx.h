@@ -1,5 +1,5 @@
 // AMX tiles: eight registers of up to 16 rows of 64 bytes. A thread loads a configuration before it touches them and
-// releases them when it is done; detect_isa() has asked Linux for the permission.
+// releases them when it is done; supported_isa() has asked Linux for the permission.
 #pragma once
 #include <immintrin.h>
 
