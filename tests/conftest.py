@@ -47,6 +47,25 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         native.force_isa("auto")
 
 
+@pytest.fixture(params=["amx", "dots"])
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One way of multiplying bfloat16, in force for the test."""
+    library = native.library()
+    try:
+        if request.param == "amx":
+            native.force_isa("amx")
+        else:
+            native.force_isa("avx512")
+            library.force_bf16_dots("on")
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        yield request.param
+    finally:
+        native.force_isa("auto")
+        library.force_bf16_dots("auto")
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads; the test's end puts it back."""

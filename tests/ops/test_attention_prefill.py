@@ -7,7 +7,7 @@ tiles where there are none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,25 +25,6 @@ pytestmark = [
 
 SMALL = [case for case in SPEC.cases if not case.real]
 RTOL, ATOL = SPEC.tolerance[torch.bfloat16]
-
-
-@pytest.fixture(params=["amx", "dots"])
-def products(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One way of multiplying bfloat16, in force for the test."""
-    library = native.library()
-    try:
-        if request.param == "amx":
-            native.force_isa("amx")
-        else:
-            native.force_isa("avx512")
-            library.force_bf16_dots("on")
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        yield request.param
-    finally:
-        native.force_isa("auto")
-        library.force_bf16_dots("auto")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

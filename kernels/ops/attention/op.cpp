@@ -1,7 +1,7 @@
 // attention: checks the tensors, cuts the work into jobs and runs them on the loops of the instruction set in force.
 #include <algorithm>
 
-#include "prefill.h"
+#include "prefill_work.h"
 #include "scratch.h"
 #include "tensor_check.h"
 #include "threads.h"
@@ -21,10 +21,6 @@ constexpr int64_t kFewestKeys = 512;
 constexpr int64_t kWantedJobs = 32;
 // fewest rows of a KV head for which packing its keys into pairs pays
 constexpr int64_t kPrefillRows = 32;
-// most rows of one job of prefill: queries and accumulators must stay in L2 beside a stretch of keys
-constexpr int64_t kMostPrefillRows = 256;
-// bytes of packed keys and values to have at a time: a few KV heads of some thousand keys
-constexpr int64_t kPackedBytes = 16 << 20;
 
 Strides strides_of(const TensorView& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -151,54 +147,13 @@ void run(const AttentionParams& p, const AttentionKernels& kernels) {
   }
 }
 
-// Cut of the work of prefill: KV heads whose packed keys are held at a time, and row tiles of each. From the shapes alone.
-struct PrefillPlan {
-  int64_t units, heads_at_a_time, tile_rows, num_tiles, num_blocks;
-};
-
-PrefillPlan prefill_plan_for(const AttentionParams& p) {
-  PrefillPlan plan{};
-  plan.units = p.batch * p.kv_heads;
-  plan.num_blocks = (p.tk + kBlock - 1) / kBlock;
-  const int64_t bytes = plan.num_blocks * PrefillLayout(p, 0).packed * 2;
-  plan.heads_at_a_time = std::clamp<int64_t>(kPackedBytes / bytes, 1, plan.units);
-  const int64_t tile = round_up((plan.units * p.rows() + kWantedJobs - 1) / kWantedJobs, kBlock);
-  plan.tile_rows = std::min(tile, kMostPrefillRows);
-  plan.num_tiles = (p.rows() + plan.tile_rows - 1) / plan.tile_rows;
-  return plan;
-}
-
-// Row tile `tile` of KV head `unit`, all keys.
-AttentionJob prefill_job_at(const AttentionParams& p, const PrefillPlan& plan, int64_t unit, int64_t tile) {
-  const int64_t row = tile * plan.tile_rows;
-  return {unit / p.kv_heads, unit % p.kv_heads, row, std::min(row + plan.tile_rows, p.rows()), 0, p.tk, nullptr};
-}
-
 void run_prefill(const AttentionParams& p, const PrefillKernels& kernels) {
-  static thread_local Scratch thread_scratch, packed_scratch;
-  const PrefillPlan plan = prefill_plan_for(p);
-  const PrefillLayout layout(p, plan.tile_rows);
-  const int64_t unit_size = plan.num_blocks * layout.packed;
-  uint16_t* packed =
-      reinterpret_cast<uint16_t*>(packed_scratch.get(static_cast<size_t>(plan.heads_at_a_time * unit_size) * 2));
-#pragma omp parallel
-  {
-    float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(layout.total) * sizeof(float)));
-    for (int64_t first = 0; first < plan.units; first += plan.heads_at_a_time) {
-      const int64_t count = std::min(plan.heads_at_a_time, plan.units - first);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count * plan.num_blocks; ++i) {
-        const AttentionJob job = prefill_job_at(p, plan, first + i / plan.num_blocks, 0);
-        kernels.pack(p, job, i % plan.num_blocks * kBlock, packed + i * layout.packed);
-      }
-      // later row tiles first, since a causal mask gives them the most keys
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count * plan.num_tiles; ++i) {
-        const int64_t unit = i / plan.num_tiles, tile = plan.num_tiles - 1 - i % plan.num_tiles;
-        kernels.attend(p, prefill_job_at(p, plan, first + unit, tile), packed + unit * unit_size, scratch);
-      }
-    }
-  }
+  static thread_local PrefillWork work;
+  work.clear();
+  work.add(p);
+  work.cut();
+  run_team(omp_in_parallel() ? 1 : omp_get_max_threads(),
+           [&mine = work, &kernels](const Team& team) { mine.run(kernels, team); });
 }
 
 void attention(TensorView q, TensorView k, TensorView v, Optional<TensorView> q_rope, Optional<TensorView> k_rope,

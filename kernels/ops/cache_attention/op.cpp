@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "../attention/attention.h"
+#include "../attention/prefill_work.h"
 #include "cache_rows.h"
 #include "scratch.h"
 
@@ -16,6 +16,9 @@ using tvm::ffi::Optional;
 
 // most rows of one job, and the fewest where there are many
 constexpr int64_t kMostRows = 192, kFewestRows = 48;
+// fewest tokens of a run, and rows of its KV heads, for which packing its keys into pairs pays. Few tokens, as speculation
+// checks them, get the numbers that they get one by one.
+constexpr int64_t kLongRun = 16, kPrefillRows = 32;
 // fewest keys of one job when keys are split, and jobs to cut the work into
 constexpr int64_t kFewestKeys = 256, kWantedJobs = 32;
 
@@ -70,7 +73,7 @@ void cut(const Given& g, int64_t runs, Run& run) {
   run.num_splits = (keys + run.split_keys - 1) / run.split_keys;
 }
 
-// Runs of the rows as they are now. Every thread makes the same list for itself.
+// Runs of the rows as they are now.
 void find_runs(const Given& g, std::vector<Run>& runs) {
   runs.clear();
   for (int64_t t = 0; t < g.tokens; ++t) {
@@ -83,12 +86,26 @@ void find_runs(const Given& g, std::vector<Run>& runs) {
       runs.push_back({t, 1, seq, start, slot + 1 - start, 0, 0, 0, 0, 0});
     }
   }
+}
+
+// Moves long runs into `work`; the others are cut into jobs. Gives the number of jobs.
+int64_t divide(const Given& g, bool packs, std::vector<Run>& runs, PrefillWork& work) {
+  const int64_t group = g.heads / g.cache.kv_heads;
+  work.clear();
+  const auto is_long = [&](const Run& run) {
+    return packs && run.count >= kLongRun && run.count * group >= kPrefillRows;
+  };
+  for (const Run& run : runs)
+    if (is_long(run)) work.add(params_of(g, run));
+  work.cut();
+  runs.erase(std::remove_if(runs.begin(), runs.end(), is_long), runs.end());
   int64_t jobs = 0;
   for (Run& run : runs) {
     cut(g, static_cast<int64_t>(runs.size()), run);
     run.first_job = jobs;
     jobs += run.jobs(g.cache.kv_heads);
   }
+  return jobs;
 }
 
 struct Partials {
@@ -151,22 +168,32 @@ void combine(const Given& g, const std::vector<Run>& runs, float* scratch, const
 
 struct Shared {
   Scratch partials;
-  std::vector<Run> runs;
+  std::vector<Run> runs;  // short ones
+  PrefillWork long_runs;
   Sizes sizes;
   int64_t jobs = 0;
   std::atomic<int64_t> next{0};
 };
 
+// The loops in bfloat16 for long runs, or null. Weights there come from the largest unscaled score, so not with a scale
+// below zero.
+const PrefillKernels* long_run_kernels(const Given& g) {
+  return g.cache.dtype == DType::kBF16 && g.scale > 0.0f ? prefill_kernels(active_isa()) : nullptr;
+}
+
 void attention_part(const Given& g, Shared& shared, const Team& team) {
   static thread_local Scratch thread_scratch;
+  const PrefillKernels* prefill = long_run_kernels(g);
   if (team.rank == 0) {
     find_runs(g, shared.runs);
+    shared.jobs = divide(g, prefill != nullptr, shared.runs, shared.long_runs);
     shared.sizes = sizes_of(g, shared.runs);
-    shared.jobs = shared.runs.back().first_job + shared.runs.back().jobs(g.cache.kv_heads);
     shared.next = 0;
     shared.partials.get(static_cast<size_t>(shared.jobs * shared.sizes.partial) * sizeof(float));
   }
   team.sync();
+  if (!shared.long_runs.empty()) shared.long_runs.run(*prefill, team);
+  if (shared.jobs == 0) return;
   const Partials partials{reinterpret_cast<float*>(shared.partials.get(0)), shared.sizes.partial};
   float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(shared.sizes.scratch) * 4));
   // a run of splits reads on where the one before stopped, and finds its first keys prefetched

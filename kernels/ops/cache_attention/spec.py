@@ -139,6 +139,8 @@ SPEC = OpSpec(
         _case("a_sequence_without_rows", _SMALL, (0, 5, 3), (2, 4, 3), sequences=4),
         _case("prompts", _SMALL, (0, 0, 17), (1, 0, 9), (2, 0, 40)),
         _case("prompt_beside_decode", _SMALL, (0, 0, 63), (1, 500, 1), (2, 20, 8), (3, 90, 1)),
+        # long enough for the loops in bfloat16, where there are any
+        _case("long_runs", _SMALL, (0, 5, 70), (1, 300, 1), (2, 20, 33), (3, 600, 16), dtype=torch.bfloat16),
         _case("left_padding", _SMALL, (0, 6, 9), (1, 0, 15), (2, 14, 1), start=[6, 0, 14]),
         _case("left_padding_decode", _SMALL, (0, 40, 1), (1, 40, 1), (2, 700, 1), start=[13, 0, 40]),
         *_real("qwen3_0.6b", QWEN3_0_6B, (1, 128), (1, 4096), (128, 128), (128, 1024), (1024, 1024)),
