@@ -314,41 +314,48 @@ void blocks(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t
   }
 }
 
-inline void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
+template <int kBits>
+void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const uint8_t* v = tile_at(w, t).vectors;
+  const int64_t plane = w.plane_bytes();
   for (int64_t k = 0; k < w.padded_cols(); k += 8, v += 64, panel += 128) {
     const U8x64 raw = load_u8x64(v);
     prefetch(v + kPrefetch);
-    store_u8x64(panel, low_nibbles(raw));
-    store_u8x64(panel + 64, high_nibbles(raw));
+    U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
+    if constexpr (kBits == 8) {
+      const U8x64 rest = load_u8x64(v + plane);
+      prefetch(v + plane + kPrefetch);
+      low = join_low(raw, rest), high = join_high(raw, rest);
+    }
+    store_u8x64(panel, low);
+    store_u8x64(panel + 64, high);
   }
 }
 
-template <int kT>
+template <int kBits, int kT>
 void tiles_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t t, const Output& y,
                    uint8_t* panel) {
-  if (w.bits == 8) {
-    blocks<8, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
-  } else if (tokens >= kPanelTokens) {
-    for (int i = 0; i < kT; ++i) unpack_tile(w, t + i, panel + i * w.padded_cols() * 16);
-    blocks<4, true, kT, kTokens>(w, x, 0, tokens, t, y, panel);
-  } else {
-    blocks<4, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
-  }
+  if (tokens < kPanelTokens) return blocks<kBits, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
+  for (int i = 0; i < kT; ++i) unpack_tile<kBits>(w, t + i, panel + i * w.padded_cols() * 16);
+  blocks<kBits, true, kT, kTokens>(w, x, 0, tokens, t, y, panel);
+}
+
+template <int kBits>
+void product_of(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t t, int64_t end, const Output& y,
+                uint8_t* panel) {
+  if (tokens == 1) return stream<kBits, 1>(w, x, t, end, y);
+  if (tokens == 2) return stream<kBits, 2>(w, x, t, end, y);
+  for (; t + kTiles <= end; t += kTiles) tiles_product<kBits, kTiles>(w, x, tokens, t, y, panel);
+  for (; t < end; ++t) tiles_product<kBits, 1>(w, x, tokens, t, y, panel);
 }
 
 inline void product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t tile_begin, int64_t tile_end,
                     const Output& y, uint8_t* panel) {
-  int64_t t = tile_begin;
-  if (tokens <= 2) {
-    if (w.bits == 4) return tokens == 1 ? stream<4, 1>(w, x, t, tile_end, y) : stream<4, 2>(w, x, t, tile_end, y);
-    return tokens == 1 ? stream<8, 1>(w, x, t, tile_end, y) : stream<8, 2>(w, x, t, tile_end, y);
-  }
-  for (; t + kTiles <= tile_end; t += kTiles) tiles_product<kTiles>(w, x, tokens, t, y, panel);
-  for (; t < tile_end; ++t) tiles_product<1>(w, x, tokens, t, y, panel);
+  w.bits == 4 ? product_of<4>(w, x, tokens, tile_begin, tile_end, y, panel)
+              : product_of<8>(w, x, tokens, tile_begin, tile_end, y, panel);
 }
 
-inline int64_t panel_bytes(const QuantWeight& w) { return w.bits == 4 ? kTiles * w.padded_cols() * 16 : 0; }
+inline int64_t panel_bytes(const QuantWeight& w) { return kTiles * w.padded_cols() * 16; }
 
 inline void dequantize_row(const QuantWeight& w, int64_t row, float* out) {
   const Tile tile = tile_at(w, row / 16);
