@@ -27,7 +27,12 @@ def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool
     """Bytes of one tile of 16 rows."""
     groups = -(-in_features // group_size)
     header = _round_up(groups * TILE_ROWS * (3 if asymmetric else 2), 64)
-    return header + groups * group_size * 2 * bits
+    return header + plane_bytes(in_features, group_size) * (bits // 4)
+
+
+def plane_bytes(in_features: int, group_size: int) -> int:
+    """Bytes of one plane of nibbles of a tile."""
+    return -(-in_features // group_size) * group_size * TILE_ROWS // 2
 
 
 def packed_shape(
