@@ -15,6 +15,12 @@ constexpr int64_t kPanelTokens = 2 * kTokens;
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// how far to ask ahead, at a group of a plane: what follows a plane's end is the same plane of the next tile
+inline int64_t prefetch_ahead(const QuantWeight& w, int64_t g, int64_t ahead) {
+  const int64_t left = w.plane_bytes() - g * w.group * 8;
+  return left > ahead ? ahead : ahead + w.tile_bytes() - w.header_bytes() - w.plane_bytes();
+}
+
 // what to multiply a token with before its norm's weights
 template <int kDType>
 float inverse_rms(const TokenSource& x, int64_t token) {
@@ -120,8 +126,10 @@ template <int kBits, int kM, int kS>
 #pragma GCC unroll 2
     for (int m = 0; m < kM; ++m) total[s][m] = zero_f32();
   }
-  const int vectors = w.group * kBits / 32;
+  constexpr int kStep = kBits == 4 ? 2 : 1;  // vectors of a plane at once: either way two are loaded
+  const int64_t plane = w.plane_bytes();
   for (int64_t g = 0; g < x.num_groups; ++g) {
+    const int64_t ahead = prefetch_ahead(w, g, kPrefetch);
     I32x16 acc[kS][kM][kChains];
 #pragma GCC unroll 4
     for (int s = 0; s < kS; ++s)
@@ -132,13 +140,14 @@ template <int kBits, int kM, int kS>
         for (int c = 1; c < kChains; ++c) acc[s][m][c] = zero_i32();
       }
     const int8_t* q = x.q + g * w.group;
-    for (int j = 0; j < vectors; j += 2) {
+    for (int j = 0; j < w.group / 8; j += kStep) {
 #pragma GCC unroll 4
       for (int s = 0; s < kS; ++s) {
-        const U8x64 a = load_u8x64(v[s]), b = load_u8x64(v[s] + 64);
-        prefetch(v[s] + kPrefetch);
-        prefetch(v[s] + kPrefetch + 64);
-        v[s] += 128;
+        const uint8_t* second = v[s] + (kBits == 4 ? 64 : plane);
+        const U8x64 a = load_u8x64(v[s]), b = load_u8x64(second);
+        prefetch(v[s] + ahead);
+        prefetch(second + ahead);
+        v[s] += 64 * kStep;
 #pragma GCC unroll 2
         for (int m = 0; m < kM; ++m) {
           const int8_t* p = q + m * x.padded_cols;
@@ -149,8 +158,8 @@ template <int kBits, int kM, int kS>
             sum[kLast - 1] = dot_u4(sum[kLast - 1], low_nibbles(b), load_quad(p + 8 * j + 8));
             sum[kLast] = dot_u4(sum[kLast], high_nibbles(b), load_quad(p + 8 * j + 12));
           } else {
-            sum[0] = dot_u8(sum[0], a, load_quad(p + 4 * j));
-            sum[1] = dot_u8(sum[1], b, load_quad(p + 4 * j + 4));
+            sum[0] = dot_u8(sum[0], join_low(a, b), load_quad(p + 8 * j));
+            sum[1] = dot_u8(sum[1], join_high(a, b), load_quad(p + 8 * j + 4));
           }
         }
       }
@@ -236,23 +245,32 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
     tile[i] = tile_at(w, t + i);
     v[i] = kPanel ? panel + i * w.padded_cols() * 16 : tile[i].vectors;
   }
+  const int64_t plane = w.plane_bytes();
   alignas(64) float total[kT][kM][16] = {};
   for (int64_t g = 0; g < x.num_groups; ++g) {
+    const int64_t ahead = prefetch_ahead(w, g, 2 * kPrefetch);
     I32x16 acc[kT][kM];
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 4
       for (int i = 0; i < kT; ++i) acc[i][m] = start_value(w, tile[i], g, x.sums[(token + m) * x.num_groups + g]);
     const int8_t* q = x.q + token * x.padded_cols + g * w.group;
-    for (int k = 0; k < w.group; k += kBits == 4 && !kPanel ? 8 : 4) {
+    for (int k = 0; k < w.group; k += kPanel ? 4 : 8) {
       U8x64 low[kT], high[kT];
 #pragma GCC unroll 4
       for (int i = 0; i < kT; ++i) {
         const U8x64 raw = load_u8x64(v[i]);
-        if constexpr (!kPanel) prefetch(v[i] + 2 * kPrefetch);
+        if constexpr (!kPanel) prefetch(v[i] + ahead);
+        if constexpr (kPanel) {
+          low[i] = raw;
+        } else if constexpr (kBits == 4) {
+          low[i] = low_nibbles(raw), high[i] = high_nibbles(raw);
+        } else {
+          const U8x64 rest = load_u8x64(v[i] + plane);
+          prefetch(v[i] + plane + ahead);
+          low[i] = join_low(raw, rest), high[i] = join_high(raw, rest);
+        }
         v[i] += 64;
-        low[i] = kBits == 4 && !kPanel ? low_nibbles(raw) : raw;
-        if constexpr (kBits == 4 && !kPanel) high[i] = high_nibbles(raw);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
@@ -261,12 +279,13 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
         for (int i = 0; i < kT; ++i)
           acc[i][m] = kBits == 4 ? dot_u4(acc[i][m], low[i], a) : dot_u8(acc[i][m], low[i], a);
       }
-      if constexpr (kBits == 4 && !kPanel) {
+      if constexpr (!kPanel) {
 #pragma GCC unroll 16
         for (int m = 0; m < kM; ++m) {
           const Quad a = load_quad(q + m * x.padded_cols + k + 4);
 #pragma GCC unroll 4
-          for (int i = 0; i < kT; ++i) acc[i][m] = dot_u4(acc[i][m], high[i], a);
+          for (int i = 0; i < kT; ++i)
+            acc[i][m] = kBits == 4 ? dot_u4(acc[i][m], high[i], a) : dot_u8(acc[i][m], high[i], a);
         }
       }
     }
@@ -295,41 +314,48 @@ void blocks(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t
   }
 }
 
-inline void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
+template <int kBits>
+void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const uint8_t* v = tile_at(w, t).vectors;
+  const int64_t plane = w.plane_bytes();
   for (int64_t k = 0; k < w.padded_cols(); k += 8, v += 64, panel += 128) {
     const U8x64 raw = load_u8x64(v);
     prefetch(v + kPrefetch);
-    store_u8x64(panel, low_nibbles(raw));
-    store_u8x64(panel + 64, high_nibbles(raw));
+    U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
+    if constexpr (kBits == 8) {
+      const U8x64 rest = load_u8x64(v + plane);
+      prefetch(v + plane + kPrefetch);
+      low = join_low(raw, rest), high = join_high(raw, rest);
+    }
+    store_u8x64(panel, low);
+    store_u8x64(panel + 64, high);
   }
 }
 
-template <int kT>
+template <int kBits, int kT>
 void tiles_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t t, const Output& y,
                    uint8_t* panel) {
-  if (w.bits == 8) {
-    blocks<8, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
-  } else if (tokens >= kPanelTokens) {
-    for (int i = 0; i < kT; ++i) unpack_tile(w, t + i, panel + i * w.padded_cols() * 16);
-    blocks<4, true, kT, kTokens>(w, x, 0, tokens, t, y, panel);
-  } else {
-    blocks<4, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
-  }
+  if (tokens < kPanelTokens) return blocks<kBits, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
+  for (int i = 0; i < kT; ++i) unpack_tile<kBits>(w, t + i, panel + i * w.padded_cols() * 16);
+  blocks<kBits, true, kT, kTokens>(w, x, 0, tokens, t, y, panel);
+}
+
+template <int kBits>
+void product_of(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t t, int64_t end, const Output& y,
+                uint8_t* panel) {
+  if (tokens == 1) return stream<kBits, 1>(w, x, t, end, y);
+  if (tokens == 2) return stream<kBits, 2>(w, x, t, end, y);
+  for (; t + kTiles <= end; t += kTiles) tiles_product<kBits, kTiles>(w, x, tokens, t, y, panel);
+  for (; t < end; ++t) tiles_product<kBits, 1>(w, x, tokens, t, y, panel);
 }
 
 inline void product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t tile_begin, int64_t tile_end,
                     const Output& y, uint8_t* panel) {
-  int64_t t = tile_begin;
-  if (tokens <= 2) {
-    if (w.bits == 4) return tokens == 1 ? stream<4, 1>(w, x, t, tile_end, y) : stream<4, 2>(w, x, t, tile_end, y);
-    return tokens == 1 ? stream<8, 1>(w, x, t, tile_end, y) : stream<8, 2>(w, x, t, tile_end, y);
-  }
-  for (; t + kTiles <= tile_end; t += kTiles) tiles_product<kTiles>(w, x, tokens, t, y, panel);
-  for (; t < tile_end; ++t) tiles_product<1>(w, x, tokens, t, y, panel);
+  w.bits == 4 ? product_of<4>(w, x, tokens, tile_begin, tile_end, y, panel)
+              : product_of<8>(w, x, tokens, tile_begin, tile_end, y, panel);
 }
 
-inline int64_t panel_bytes(const QuantWeight& w) { return w.bits == 4 ? kTiles * w.padded_cols() * 16 : 0; }
+inline int64_t panel_bytes(const QuantWeight& w) { return kTiles * w.padded_cols() * 16; }
 
 inline void dequantize_row(const QuantWeight& w, int64_t row, float* out) {
   const Tile tile = tile_at(w, row / 16);
@@ -340,13 +366,10 @@ inline void dequantize_row(const QuantWeight& w, int64_t row, float* out) {
     const int zero = w.asymmetric ? tile.zeros[16 * g + lane] : (w.bits == 4 ? 8 : 128);
     const int64_t end = w.cols < (g + 1) * w.group ? w.cols : (g + 1) * w.group;
     for (int64_t k = g * w.group; k < end; ++k) {
-      int value;
-      if (w.bits == 4) {
-        const uint8_t byte = tile.vectors[k / 8 * 64 + lane * 4 + k % 4];
-        value = k % 8 < 4 ? byte & 15 : byte >> 4;
-      } else {
-        value = tile.vectors[k / 4 * 64 + lane * 4 + k % 4];
-      }
+      const uint8_t* at = tile.vectors + k / 8 * 64 + lane * 4 + k % 4;
+      const int shift = k % 8 < 4 ? 0 : 4;
+      int value = at[0] >> shift & 15;
+      if (w.bits == 8) value = value << 4 | (at[w.plane_bytes()] >> shift & 15);
       out[k] = scales[lane] * static_cast<float>(value - zero);
     }
   }

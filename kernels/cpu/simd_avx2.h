@@ -100,6 +100,7 @@ inline F32x16 min(F32x16 x, F32x16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_
 inline F32x16 fmadd(F32x16 x, F32x16 y, F32x16 z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
+inline F32x16 sqrt(F32x16 x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
 inline float reduce_add(F32x16 x) {
   const __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -205,6 +206,16 @@ inline U8x64 low_nibbles(U8x64 x) {
 inline U8x64 high_nibbles(U8x64 x) {
   const __m256i m = _mm256_set1_epi8(15);
   return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), m)};
+}
+inline __m256i select_low(__m256i a, __m256i b) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return _mm256_or_si256(_mm256_andnot_si256(m, a), _mm256_and_si256(m, b));
+}
+inline U8x64 join_low(U8x64 x, U8x64 y) {
+  return {select_low(_mm256_slli_epi16(x.a, 4), y.a), select_low(_mm256_slli_epi16(x.b, 4), y.b)};
+}
+inline U8x64 join_high(U8x64 x, U8x64 y) {
+  return {select_low(x.a, _mm256_srli_epi16(y.a, 4)), select_low(x.b, _mm256_srli_epi16(y.b, 4))};
 }
 struct Quad {
   __m256i v;

@@ -69,6 +69,7 @@ inline F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline float reduce_add(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 // lane j of the result is the sum of x[j]'s lanes
@@ -144,6 +145,13 @@ inline U8x64 load_u8x64(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_u8x64(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
 inline U8x64 low_nibbles(U8x64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline U8x64 high_nibbles(U8x64 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// bytes of two nibbles, the more significant one first: the low nibbles of both, or the high ones
+inline U8x64 join_low(U8x64 a, U8x64 b) {
+  return {_mm512_ternarylogic_epi32(_mm512_set1_epi8(15), _mm512_slli_epi16(a.v, 4), b.v, 0xac)};
+}
+inline U8x64 join_high(U8x64 a, U8x64 b) {
+  return {_mm512_ternarylogic_epi32(_mm512_set1_epi8(15), a.v, _mm512_srli_epi16(b.v, 4), 0xac)};
+}
 // four signed bytes for all lanes
 struct Quad {
   __m512i v;

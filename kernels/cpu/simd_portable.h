@@ -126,6 +126,9 @@ inline F32x16 min(F32x16 a, F32x16 b) {
 inline F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) {
   return each<F32x16>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline F32x16 sqrt(F32x16 a) {
+  return each<F32x16>([&](int i) { return std::sqrt(a.v[i]); });
+}
 inline float reduce_add(F32x16 a) {
   float s = 0.0f;
   for (float x : a.v) s += x;
@@ -209,6 +212,14 @@ inline U8x64 low_nibbles(U8x64 a) {
 }
 inline U8x64 high_nibbles(U8x64 a) {
   for (auto& x : a.v) x >>= 4;
+  return a;
+}
+inline U8x64 join_low(U8x64 a, U8x64 b) {
+  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] << 4 | (b.v[i] & 15));
+  return a;
+}
+inline U8x64 join_high(U8x64 a, U8x64 b) {
+  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>((a.v[i] & 0xf0) | b.v[i] >> 4);
   return a;
 }
 struct Quad {

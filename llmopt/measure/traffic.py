@@ -8,10 +8,13 @@ from torch import nn
 
 from llmopt.measure.report import Ceilings, Timing
 from llmopt.models.base import ResolvedModel
+from llmopt.runtime import screen
+from llmopt.runtime.generate import engine_of
 
 
 def weight_bytes_per_token(resolved: ResolvedModel) -> int:
-    """Bytes of weights one token reads, as the model stands now: experts by the share chosen, embeddings one row."""
+    """Bytes of weights one token reads, as the model stands now: experts by the share chosen, embeddings one row, half of a
+    head that is screened."""
     config: Any = resolved.model.config
     moe = resolved.family.moe
     chosen = config.num_experts_per_tok / getattr(config, moe.num_experts_key) if moe is not None else 1.0
@@ -31,6 +34,9 @@ def weight_bytes_per_token(resolved: ResolvedModel) -> int:
         seen.add(pointer)
         size = tensor.numel() * tensor.element_size()
         total += size * chosen if pointer in inside_experts else size
+    engine = engine_of(resolved.model)
+    if engine is not None and engine.screens(1):
+        total -= screen.bytes_spared(engine.head)
     return int(total)
 
 

@@ -10,6 +10,8 @@ import torch
 from llmopt.errors import UnsupportedModelError
 from llmopt.models.base import ModelFamily, ResolvedLayer, ResolvedModel
 from llmopt.ops.embed import embed
+from llmopt.ops.screened_head import screened_head
+from llmopt.runtime import screen
 from llmopt.runtime.blocks import Context, GqaBlock, MlpBlock, Rope, Workspace
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.latent import LatentBlock
@@ -33,12 +35,13 @@ class Engine:
 
     Args:
         resolved: the model; its modules are read as they are now.
+        screened: choose greedy tokens by a screened head, where it can be screened; None: where that pays.
 
     Raises:
         UnsupportedModelError: a part that the ops do not know.
     """
 
-    def __init__(self, resolved: ResolvedModel) -> None:
+    def __init__(self, resolved: ResolvedModel, screened: bool | None = None) -> None:
         reason = unsupported(resolved)
         if reason:
             raise UnsupportedModelError(reason)
@@ -50,6 +53,8 @@ class Engine:
         self.norm, self.eps = norm_of(resolved.final_norm)
         self.head = weight_of(getattr(resolved.head.parent, resolved.head.attr), resolved.head.name)
         self.hidden_size, self.vocab_size = self.table.cols, self.head.rows
+        wanted = screen.pays(self.head) if screened is None else screened
+        self.screened = wanted and not screen.unfit(self.head)
         self._rotary: Any = model.get_submodule(family.rotary)
         self._interleaved = family.attention.rope_style(config) == "interleaved"
         self._own_halves = family.attention.rotated_as_halves
@@ -111,6 +116,14 @@ class Engine:
     def logits(self, h: torch.Tensor, out: torch.Tensor) -> None:
         """``out[T, V] = head(norm(h))``, float32."""
         linears(h, (self.head,), out, norm=self.norm, eps=self.eps)
+
+    def screens(self, tokens: int) -> bool:
+        """True where so many greedy tokens are better had without their logits."""
+        return self.screened and tokens <= screen.MOST_SEQUENCES
+
+    def greedy(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        """``ids[T] = argmax(head(norm(h)))`` by the screened head."""
+        screened_head(h, self.head, ids, norm=self.norm, eps=self.eps)
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,10 @@ class Generation:
         # a copy of the model starts without the memory of this one
         return {**vars(self), "_idle": []}
 
+    def engine(self) -> Engine:
+        """The engine for the modules as they are now."""
+        return self._engine()
+
     # ---- the cache
 
     def prepare_cache(
@@ -110,6 +114,12 @@ class Generation:
         return result
 
 
+def engine_of(model: Any) -> Engine | None:
+    """The engine behind ``model.generate`` as it is now, or None."""
+    generation = getattr(vars(model).get("generate"), "__self__", None)
+    return generation.engine() if isinstance(generation, Generation) else None
+
+
 def _one_by_one(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for greedy search and sampling, as transformers will tell them from these arguments."""
     from transformers.generation.configuration_utils import GenerationMode
@@ -167,7 +177,7 @@ def _positions(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
 
 
 class _Loop:
-    """One call of ``sample``."""
+    """One call of ``sample``. ``plain``: it takes the largest logit, and nobody looks at the others."""
 
     def __init__(
         self, engine: Engine, cache: KVCache, input_ids: torch.Tensor, kwargs: dict[str, Any], config: Any
@@ -189,11 +199,11 @@ class _Loop:
         buffer[:, : self.prompt] = self.ids
         self.ids = buffer
         logits = self._prefill()
+        self.plain = not config.do_sample and not config.return_dict_in_generate and _only_delays_end(processors)
         self.step = self._step(limit)
         finish = _Finish(criteria, config, buffer)
-        plain = not config.do_sample and not config.return_dict_in_generate and _only_delays_end(processors)
         while True:
-            tokens = self._greedy(logits) if plain else None
+            tokens = self._greedy(logits) if self.plain else None
             if tokens is None or (len(processors) and finish.holds_end(tokens)):
                 tokens = self._choose(logits, processors)
             tokens = finish.pad(tokens)
@@ -238,8 +248,8 @@ class _Loop:
     def _step(self, limit: int) -> DecodeStep:
         self.cache.reserve(min(limit, self.prompt + 4096) + 1)
         step: DecodeStep | None = getattr(self.cache, "step", None)
-        if step is None or not step.fits(self.cache):
-            step = DecodeStep(self.engine, self.cache)
+        if step is None or not step.fits(self.cache) or step.greedy != self.plain:
+            step = DecodeStep(self.engine, self.cache, greedy=self.plain)
         step.start(self.cache.length - self.cache.start)
         return step
 
@@ -249,6 +259,8 @@ class _Loop:
     def _choose(self, logits: torch.Tensor, processors: Any) -> torch.Tensor:
         config = self.config
         keep = config.return_dict_in_generate
+        if logits is self.step.logits:
+            self.step.complete()
         raw = logits.clone() if logits is self.step.logits else logits
         scores: torch.Tensor = processors(
             self.ids[:, : self.length], raw.clone() if keep and config.output_logits else raw

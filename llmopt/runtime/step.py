@@ -1,4 +1,4 @@
-"""One decode step of a batch as a recorded program: token in, logits and the greedy next token out."""
+"""One decode step of a batch as a recorded program: token in, the greedy next token and logits out."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ class DecodeStep:
     Args:
         engine: the model.
         cache: of S sequences; it must not grow while the step is in use.
+        greedy: logits are seldom asked for, so the head may be screened.
 
     Attributes:
         ids: ``[S]`` int64, the tokens to decode next. A run replaces them by the greedy choice.
-        logits: ``[S, V]`` float32, of the last run.
+        logits: ``[S, V]`` float32, of the last run; of a greedy step only after :meth:`complete`.
     """
 
-    def __init__(self, engine: Engine, cache: KVCache) -> None:
+    def __init__(self, engine: Engine, cache: KVCache, greedy: bool = False) -> None:
         batch = cache.sequences
         self.cache, self.capacity, self.threads = cache, cache.capacity, torch.get_num_threads()
         self.ids = torch.zeros(batch, dtype=torch.int64)
         self.logits = torch.empty(batch, engine.vocab_size)
+        self.greedy = greedy
+        self._engine, self._screened = engine, greedy and engine.screens(batch)
         self._rows = Rows(
             torch.zeros(batch, dtype=torch.int32), torch.arange(batch, dtype=torch.int32),
             torch.zeros(batch, dtype=torch.int32),
@@ -42,8 +45,16 @@ class DecodeStep:
         advance(self._rows.position, self._rows.slot)
         engine.embed(self.ids, self._hidden)
         engine.run_layers(self._hidden, self._context)
-        engine.logits(self._hidden, self.logits)
-        next_token(self.logits, self.ids)
+        if self._screened:
+            engine.greedy(self._hidden, self.ids)
+        else:
+            engine.logits(self._hidden, self.logits)
+            next_token(self.logits, self.ids)
+
+    def complete(self) -> None:
+        """Make sure that ``logits`` are those of the last run."""
+        if self._screened:
+            self._engine.logits(self._hidden, self.logits)
 
     def fits(self, cache: KVCache) -> bool:
         """True while what was recorded is what would be recorded now."""

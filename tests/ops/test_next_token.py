@@ -27,12 +27,13 @@ def chosen(logits: torch.Tensor) -> list[int]:
     ("row", "want"),
     [
         ([1.0, 3.0, 3.0, 2.0], 1),
-        ([NAN, 1.0, 2.0], 2),
-        ([2.0, NAN, 1.0], 0),
+        ([NAN, 1.0, 2.0], 0),
+        ([2.0, NAN, 1.0], 1),
+        ([2.0, NAN, INF, -NAN], 1),
         ([NAN, NAN], 0),
         ([-INF, -INF], 0),
         ([-INF, -1e38], 1),
-        ([INF, INF, NAN], 0),
+        ([INF, INF, NAN], 2),
         ([1.0, INF, 2.0], 1),
         ([-0.0, 0.0], 0),
         ([1e-45, 0.0], 0),
@@ -41,11 +42,21 @@ def chosen(logits: torch.Tensor) -> list[int]:
 )
 @pytest.mark.parametrize("before", [0, 3, 16, 512, 515])
 def test_the_first_largest_is_chosen(row: list[float], want: int, before: int, isa: str) -> None:
-    filler = torch.full((before,), NAN)
-    # nothing but NaN and -Inf: the first of all
-    expected = before + want if any(x > -INF for x in row) else 0
+    filler = torch.full((before,), -INF)
+    # nothing but -Inf: the first of all
+    expected = before + want if any(x != -INF for x in row) else 0
     assert chosen(torch.cat([filler, torch.tensor(row)])[None]) == [expected]
     assert chosen(torch.cat([torch.tensor(row), filler])[None]) == [want]
+
+
+def test_the_first_nan_is_found_by_any_number_of_threads(threads: Callable[[int], None], isa: str) -> None:
+    logits = torch.zeros(3, 300_000)
+    logits[0, [5, 150_007, 290_000]] = torch.tensor([9.0, NAN, NAN])
+    logits[1, 299_999] = NAN
+    logits[2, [0, 299_999]] = torch.tensor([NAN, INF])
+    for count in (1, 2, 3, 7):
+        threads(count)
+        assert chosen(logits) == [150_007, 299_999, 0], count
 
 
 def test_the_largest_is_found_wherever_it_stands(isa: str) -> None:

@@ -12,9 +12,13 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+import llmopt
+from llmopt import native
 from llmopt.models import FAMILIES
 from llmopt.runtime import generate as loop
+from llmopt.runtime import screen
 from llmopt.runtime.cache import KVCache
+from llmopt.runtime.engine import Engine
 from llmopt.runtime.step import DecodeStep
 
 every_family = pytest.mark.parametrize("family", [f.model_type for f in FAMILIES])
@@ -273,3 +277,61 @@ def test_a_copy_generates_by_itself(fused: Any, token_rows: Any) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(other.generate(token_rows(1, 12), **GREEDY), expected)
+
+
+# ---- the screened head
+
+
+def quantized(tiny: Any, token_rows: Any, screened: bool) -> Any:
+    from llmopt.passes import FuseKernels, QuantizeGptq
+
+    model = tiny("qwen3")
+    passes = [QuantizeGptq(group_size=64), FuseKernels(screened_head=screened)]
+    llmopt.optimize(model, passes=passes, measure=False, calibration=token_rows(4, 24))
+    return model
+
+
+@pytest.mark.parametrize("batch", [1, 3, screen.MOST_SEQUENCES + 1])
+def test_a_screened_head_gives_the_same_tokens(
+    batch: int, tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.available():
+        pytest.skip("no compiled kernels")
+    models = [quantized(tiny, token_rows, screened) for screened in (False, True)]
+    screens: list[int] = []
+    greedy = Engine.greedy
+    monkeypatch.setattr(Engine, "greedy", lambda *given: (screens.append(len(given[1])), greedy(*given)))
+    prompt = token_rows(batch, 12, seed=4)
+    given = {"attention_mask": torch.ones_like(prompt), **GREEDY}
+    expected, got = (m.generate(prompt, **given) for m in models)
+    assert torch.equal(got, expected)
+    # recorded once, by the one that screens, up to its largest batch
+    assert screens == ([batch] if batch <= screen.MOST_SEQUENCES else [])
+    assert steps == [batch] * 46
+    ends = {**given, "eos_token_id": [int(expected[0, 17])], "min_new_tokens": 16}
+    assert torch.equal(*(m.generate(prompt, **ends) for m in models))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"do_sample": True}, {"repetition_penalty": 1.2}, {"return_dict_in_generate": True, "output_logits": True}],
+    ids=str,
+)
+def test_whoever_looks_at_logits_gets_all_of_them(
+    asked: dict[str, Any], tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.available():
+        pytest.skip("no compiled kernels")
+    prompt, found = token_rows(2, 12, seed=4), []
+    for screened in (False, True):
+        model = quantized(tiny, token_rows, screened)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)  # leaves a step behind
+        monkeypatch.setattr(Engine, "greedy", None)
+        torch.manual_seed(3)
+        found.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), **{**GREEDY, **asked}))
+        monkeypatch.undo()
+    if isinstance(found[0], torch.Tensor):
+        assert torch.equal(*found)
+    else:
+        assert torch.equal(found[0].sequences, found[1].sequences)
+        assert all(torch.equal(a, b) for a, b in zip(found[0].logits, found[1].logits, strict=True))

@@ -45,15 +45,18 @@ void unpack_signed(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const uint8_t* v = tile.vectors;
   for (int64_t g = 0; g < w.num_groups(); ++g) {
     const __m512i zero = zero_bytes(w, tile, g);
-    for (int i = 0; i < w.group * kBits / 32; ++i, v += 64) {
+    const int64_t ahead = prefetch_ahead(w, g, kPrefetch);
+    for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
       const U8x64 raw = load_u8x64(v);
-      prefetch(v + kPrefetch);
-      store_u8x64(panel, {_mm512_sub_epi8(kBits == 4 ? low_nibbles(raw).v : raw.v, zero)});
-      panel += 64;
-      if constexpr (kBits == 4) {
-        store_u8x64(panel, {_mm512_sub_epi8(high_nibbles(raw).v, zero)});
-        panel += 64;
+      prefetch(v + ahead);
+      U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
+      if constexpr (kBits == 8) {
+        const U8x64 rest = load_u8x64(v + w.plane_bytes());
+        prefetch(v + w.plane_bytes() + ahead);
+        low = join_low(raw, rest), high = join_high(raw, rest);
       }
+      store_u8x64(panel, {_mm512_sub_epi8(low.v, zero)});
+      store_u8x64(panel + 64, {_mm512_sub_epi8(high.v, zero)});
     }
   }
 }

@@ -2,8 +2,9 @@
 
 Tiles of 16 output rows, each one contiguous block of bytes (kernels/cpu/quant_linear.h has the picture):
 float16 scales ``[num_groups, 16]``, then uint8 zeros ``[num_groups, 16]`` when asymmetric, padding to 64 bytes, then
-vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k. int4 vectors carry two such quads, in the low and the
-high nibbles; int8 stores q + 128. ``in_features`` is padded to whole groups with the zero point, rows to whole tiles.
+vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles and the next four in the high ones.
+int8 (stored plus 128) is two such planes: the codes' high nibbles, then their low nibbles. ``in_features`` is padded to
+whole groups with the zero point, rows to whole tiles.
 
 Letters: N out_features, K in_features, G groups, T tiles.
 """
@@ -26,7 +27,12 @@ def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool
     """Bytes of one tile of 16 rows."""
     groups = -(-in_features // group_size)
     header = _round_up(groups * TILE_ROWS * (3 if asymmetric else 2), 64)
-    return header + groups * group_size * 2 * bits
+    return header + plane_bytes(in_features, group_size) * (bits // 4)
+
+
+def plane_bytes(in_features: int, group_size: int) -> int:
+    """Bytes of one plane of nibbles of a tile."""
+    return -(-in_features // group_size) * group_size * TILE_ROWS // 2
 
 
 def packed_shape(
@@ -115,10 +121,9 @@ def _vectors(q: torch.Tensor, tiles: int, bits: int) -> torch.Tensor:
     *lead, _, k = q.shape
     # [..., T, row, k/4, 4] -> [..., T, k/4, row, 4]
     quads = q.reshape(*lead, tiles, TILE_ROWS, k // 4, 4).transpose(-2, -3)
-    if bits == 4:
-        pairs = quads.reshape(*lead, tiles, k // 8, 2, TILE_ROWS, 4)
-        quads = pairs[..., 0, :, :] | (pairs[..., 1, :, :] << 4)
-    return quads.reshape(*lead, tiles, k * 2 * bits)
+    low, high = quads.reshape(*lead, tiles, k // 8, 2, TILE_ROWS, 4).unbind(-3)
+    planes = [low | (high << 4)] if bits == 4 else [(low >> 4) | (high & 240), (low & 15) | (high << 4)]
+    return torch.cat([plane.reshape(*lead, tiles, k * 8) for plane in planes], -1)
 
 
 def unpack(
@@ -138,10 +143,10 @@ def unpack(
     if asymmetric:
         zeros = rows(packed[..., scale_bytes : scale_bytes * 3 // 2].reshape(*lead, tiles, groups, TILE_ROWS))
     body = packed[..., -k * 2 * bits :]
-    if bits == 4:
-        body = body.reshape(*lead, tiles, k // 8, 1, TILE_ROWS, 4)
-        body = torch.cat([body & 15, body >> 4], -3)
-    quads = body.reshape(*lead, tiles, k // 4, TILE_ROWS, 4).transpose(-2, -3)
+    planes = body.reshape(*lead, tiles, bits // 4, k // 8, TILE_ROWS, 4).unbind(-4)
+    nibbles = [torch.stack([plane & 15, plane >> 4], -3) for plane in planes]
+    codes = nibbles[0] if bits == 4 else (nibbles[0] << 4) | nibbles[1]
+    quads = codes.reshape(*lead, tiles, k // 4, TILE_ROWS, 4).transpose(-2, -3)
     q = quads.reshape(*lead, tiles * TILE_ROWS, k)[..., :out_features, :in_features].contiguous()
     return q, rows(scales), zeros
 

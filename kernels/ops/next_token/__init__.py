@@ -14,7 +14,7 @@ _LIBRARY.define("next_token(Tensor logits, Tensor(a!) ids) -> ()")
 
 
 def next_token(logits: torch.Tensor, ids: torch.Tensor) -> None:
-    """``ids[t] = argmax(logits[t])``: the first of equals; NaN counts as -Inf.
+    """``ids[t] = argmax(logits[t])``: the first of equals; a NaN is the largest, as for ``torch.argmax``.
 
     Args:
         logits: ``[T, V]`` float32.

@@ -6,7 +6,7 @@
 namespace llmopt {
 
 struct NextTokenKernels {
-  // index of the first largest of x[0, n), and that value; NaN never wins, and nothing but NaN gives 0 and -inf
+  // index of the first largest of x[0, n), and that value; a NaN is the largest
   int64_t (*argmax)(const float* x, int64_t n, float* largest);
 };
 

@@ -1,6 +1,7 @@
 // next_token: greedy choice. advance: one step further in every sequence.
 #include "next_token.h"
 
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -39,7 +40,9 @@ void next_token(TensorView logits, TensorView ids) {
         for (int64_t r = 0; r < rows; ++r) {
           const Best* parts = found->data() + r * most;
           int winner = 0;
-          for (int i = 1; i < team.size; ++i) winner = parts[i].value > parts[winner].value ? i : winner;
+          // shares follow each other: the first NaN, or else the first of the largest
+          for (int i = 1; i < team.size && !std::isnan(parts[winner].value); ++i)
+            winner = std::isnan(parts[i].value) || parts[i].value > parts[winner].value ? i : winner;
           out[r] = parts[winner].index;
         }
       },

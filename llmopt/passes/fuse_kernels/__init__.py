@@ -6,6 +6,7 @@ plain. Weights stay where they are; what is replaced is the stack's ``forward``,
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,9 @@ from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patc
 __all__ = ["FuseKernels"]
 
 _KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# the trial of a screened head: positions, the share with the same top-1 that is asked for, and the share of rows scored with
+# 8 bits from which the screen saves too little
+_TRIAL_TOKENS, _LEAST_AGREEMENT, _MOST_SCORED = 128, 0.999, 0.1
 
 
 @dataclass(frozen=True)
@@ -28,29 +32,36 @@ class FuseKernels(Pass):
 
     Args:
         kv_dtype: of the KV cache: "bf16", "fp16" or "fp32"; None: the model's dtype.
+        screened_head: find greedy tokens by an 8-bit head's high nibbles, and score with all 8 bits only the rows that may win;
+            whatever looks at logits gets all of them. None: where the head is large enough and a trial finds the same tokens.
     """
 
     name: ClassVar[str] = "fuse_kernels"
     phase: ClassVar[Phase] = Phase.FUSE
 
     kv_dtype: str | None = None
+    screened_head: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kv_dtype is not None and self.kv_dtype not in _KV_DTYPES:
             raise InputError.argument("kv_dtype", expected=f"None or {' | '.join(_KV_DTYPES)}", got=self.kv_dtype)
+        if self.screened_head not in (None, True, False):
+            raise InputError.argument("screened_head", expected="None, True or False", got=self.screened_head)
 
     def check(self, ctx: PassContext) -> Verdict:
         if ctx.device.type != "cpu":
             return Verdict(False, f"no fused kernels for {ctx.device.type}")
         if not native.available():
             return Verdict(False, "needs the compiled kernels")
+        from llmopt.runtime import screen
         from llmopt.runtime.engine import Engine
 
         try:
-            Engine(ctx.resolved)
+            engine = Engine(ctx.resolved)
         except UnsupportedModelError as error:
             return Verdict(False, str(error))
-        return Verdict(True)
+        reason = screen.unfit(engine.head) if self.screened_head else ""
+        return Verdict(not reason, f"screened_head: {reason}" if reason else "")
 
     def apply(self, ctx: PassContext) -> Applied:
         from llmopt.runtime.forward import FusedForward
@@ -59,7 +70,8 @@ class FuseKernels(Pass):
         ctx.emit(Event("progress", self.name, "fusing the decoder"))
         resolved, fallbacks = ctx.resolved, dict[str, int]()
         model: Any = resolved.model
-        current = _Current(resolved)
+        current = _Current(resolved, self.screened_head)
+        head, trial = self._head(ctx, current)
         stack = model.get_submodule(resolved.family.layers.rpartition(".")[0])
         kv_dtype = None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
         generation = Generation(model, current.get, kv_dtype)
@@ -78,24 +90,43 @@ class FuseKernels(Pass):
             implementations={
                 "decoder layers": "fused CPU kernels",
                 "generate": "recorded decode step",
+                "head": head,
                 "kv cache": str(kv_dtype or resolved.dtype).removeprefix("torch."),
             },
         )
-        return Applied(Patch(swaps, on_enable=current.forget), coverage, {"fallbacks_to_own_forward": fallbacks})
+        details = {"fallbacks_to_own_forward": fallbacks, **trial}
+        return Applied(Patch(swaps, on_enable=current.forget), coverage, details)
+
+    def _head(self, ctx: PassContext, current: _Current) -> tuple[str, dict[str, Any]]:
+        """How greedy tokens are found, and the trial of a screened head if there was one."""
+        from llmopt.runtime import screen
+
+        engine = current.get()
+        if not engine.screened:
+            return "all rows", {}
+        generator = torch.Generator().manual_seed(ctx.seed)
+        drawn = torch.randint(0, engine.vocab_size, (_TRIAL_TOKENS,), generator=generator)
+        found = screen.agreement(engine, (ctx.calibration[0] if ctx.calibration else drawn)[:_TRIAL_TOKENS])
+        trial = {"screened_head": dataclasses.asdict(found)}
+        if self.screened_head is None and (found.share < _LEAST_AGREEMENT or found.rows_scored > _MOST_SCORED):
+            current.screened = False
+            current.forget()
+            return "all rows: the screen was left out after its trial", trial
+        return "greedy: all rows in 4 bits, those that may win in 8", trial
 
 
 class _Current:
     """The engine for the modules as they are now: made when first asked for, forgotten when patches change."""
 
-    def __init__(self, resolved: ResolvedModel) -> None:
-        self._resolved = resolved
+    def __init__(self, resolved: ResolvedModel, screened: bool | None) -> None:
+        self._resolved, self.screened = resolved, screened
         self._engine: Any = None
 
     def get(self) -> Any:
         if self._engine is None:
             from llmopt.runtime.engine import Engine
 
-            self._engine = Engine(self._resolved)
+            self._engine = Engine(self._resolved, self.screened)
         return self._engine
 
     def forget(self) -> None:

@@ -1,0 +1,48 @@
+// Loops of the screened head, once per instruction set.
+#pragma once
+#include <cmath>
+
+#include "screened_head.h"
+#include "simd_math.h"
+
+namespace llmopt::LLMOPT_ISA {
+
+inline void screen_terms(const QuantTokens& x, int64_t token, int group, float margin, const ScreenTerms& out) {
+  for (int64_t g = 0; g < x.num_groups; ++g) {
+    const int8_t* q = x.q + token * x.padded_cols + g * group;
+    const float scale = x.scales[token * x.num_groups + g];
+    int32_t squares = 0;
+    for (int k = 0; k < group; ++k) squares += q[k] * q[k];
+    out.shift[g] = 7.5f * scale * static_cast<float>(x.sums[token * x.num_groups + g]);
+    out.energy[g] = margin * scale * (margin * scale) * static_cast<float>(squares);
+  }
+}
+
+inline void screen_bounds(const QuantWeight& w, int64_t begin, int64_t end, const float* product,
+                          const ScreenTerms& terms, float* upper, Candidate& best) {
+  const F32x16 infinite = set1(INFINITY), sixteen = set1(16.0f);
+  for (int64_t t = begin; t < end; ++t, product += 16) {
+    const auto* scales = reinterpret_cast<const uint16_t*>(w.data + t * w.tile_bytes());
+    F32x16 logit = mul(load(product), sixteen), variance = zero_f32();
+    for (int64_t g = 0; g < w.num_groups(); ++g) {
+      const F32x16 s = load_f16(scales + 16 * g);
+      logit = fmadd(s, set1(terms.shift[g]), logit);
+      variance = fmadd(mul(s, s), set1(terms.energy[g]), variance);
+    }
+    // a minimum returns its second operand where one is NaN
+    upper[t] = reduce_max(min(add(logit, sqrt(variance)), infinite));
+    const float largest = reduce_max(max(logit, set1(-INFINITY)));
+    if (largest > best.value) best = {largest, t};
+  }
+}
+
+inline int64_t screen_find(const float* upper, int64_t begin, int64_t end, float least) {
+  for (; begin + 16 <= end; begin += 16)
+    if (!(reduce_max(load(upper + begin)) < least)) break;
+  while (begin < end && upper[begin] < least) ++begin;
+  return begin;
+}
+
+inline ScreenKernels make_screen_kernels() { return {screen_terms, screen_bounds, screen_find}; }
+
+}  // namespace llmopt::LLMOPT_ISA
