@@ -28,16 +28,23 @@ class FuseKernels(Pass):
 
     Args:
         kv_dtype: of the KV cache: "bf16", "fp16" or "fp32"; None: the model's dtype.
+        prompt_lookup: most tokens to guess from what followed the same words earlier in the sequence (0 to 15; 0: none).
+            They are verified together in one step. The tokens stay those of plain decoding; a batch decodes plainly.
     """
 
     name: ClassVar[str] = "fuse_kernels"
     phase: ClassVar[Phase] = Phase.FUSE
 
     kv_dtype: str | None = None
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
         if self.kv_dtype is not None and self.kv_dtype not in _KV_DTYPES:
             raise InputError.argument("kv_dtype", expected=f"None or {' | '.join(_KV_DTYPES)}", got=self.kv_dtype)
+        from llmopt.runtime.lookup import MOST_GUESSES
+
+        if type(self.prompt_lookup) is not int or not 0 <= self.prompt_lookup <= MOST_GUESSES:
+            raise InputError.argument("prompt_lookup", expected=f"0 to {MOST_GUESSES}", got=self.prompt_lookup)
 
     def check(self, ctx: PassContext) -> Verdict:
         if ctx.device.type != "cpu":
@@ -55,6 +62,7 @@ class FuseKernels(Pass):
     def apply(self, ctx: PassContext) -> Applied:
         from llmopt.runtime.forward import FusedForward
         from llmopt.runtime.generate import Generation
+        from llmopt.runtime.lookup import Lookup
 
         ctx.emit(Event("progress", self.name, "fusing the decoder"))
         resolved, fallbacks = ctx.resolved, dict[str, int]()
@@ -62,7 +70,8 @@ class FuseKernels(Pass):
         current = _Current(resolved)
         stack = model.get_submodule(resolved.family.layers.rpartition(".")[0])
         kv_dtype = None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
-        generation = Generation(model, current.get, kv_dtype)
+        lookup = Lookup(self.prompt_lookup) if self.prompt_lookup else None
+        generation = Generation(model, current.get, kv_dtype, lookup)
         # the head as given and the one that stands there now: other passes' patches may be off while this one is on
         heads: dict[int, nn.Module] = {
             id(head): head for head in (resolved.head.module, getattr(resolved.head.parent, resolved.head.attr))
@@ -81,7 +90,8 @@ class FuseKernels(Pass):
                 "kv cache": str(kv_dtype or resolved.dtype).removeprefix("torch."),
             },
         )
-        return Applied(Patch(swaps, on_enable=current.forget), coverage, {"fallbacks_to_own_forward": fallbacks})
+        details = {"fallbacks_to_own_forward": fallbacks, "prompt_lookup": generation.lookup_counts}
+        return Applied(Patch(swaps, on_enable=current.forget), coverage, details)
 
 
 class _Current:
