@@ -180,7 +180,13 @@ def cells(r: Result) -> list[str]:
 
 
 def table(results: Sequence[Result]) -> str:
-    heading = ["head", "hidden states", "positions", *(f"margin {m:g}" for m in MARGINS), *(f"best {c}" for c in COUNTS)]
+    heading = [
+        "head",
+        "hidden states",
+        "positions",
+        *(f"margin {m:g}" for m in MARGINS),
+        *(f"best {c}" for c in COUNTS),
+    ]
     lines = [heading, ["---"] * len(heading), *map(cells, results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -201,7 +207,12 @@ def main() -> None:
     seen: dict[str, Any] = environment.capture()
     command = "python " + shlex.join(["benchmarks/screened_head.py", "--positions", str(arguments.positions)])
     if arguments.json:
-        record = {"environment": seen, "command": command, "margin": MARGIN, "results": list(map(dataclasses.asdict, results))}
+        record = {
+            "environment": seen,
+            "command": command,
+            "margin": MARGIN,
+            "results": list(map(dataclasses.asdict, results)),
+        }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
         arguments.markdown.write_text(

@@ -61,7 +61,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = 0
 
     def crop(self, max_length: int) -> None:
-        self.seen = min(self.seen, max_length if max_length >= 0 else self.seen + max_length)
+        # transformers' assisted decoding takes tokens back by minus their number, and that of none is 0
+        self.seen = min(self.seen, max_length if max_length > 0 else self.seen + max_length)
 
 
 class KVCache(Cache):  # type: ignore[misc]
@@ -144,7 +145,7 @@ class KVCache(Cache):  # type: ignore[misc]
     # ---- what transformers asks of a cache beyond its layers
 
     def crop(self, max_length: int) -> None:
-        """Forget all but the first ``max_length`` slots."""
+        """Forget all but the first ``max_length`` slots; up to 0: the last ``-max_length`` ones."""
         for layer in self.layers:
             layer.crop(max_length)
 

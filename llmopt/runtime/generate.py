@@ -1,8 +1,8 @@
 """The loop behind ``generate``: a recorded step, and a few Python calls a token.
 
 transformers prepares everything (arguments, processors, stopping criteria, cache) and then runs a decoding method; for greedy
-search and for sampling we hand it ours, as its ``custom_generate``. Beam search and what else is not covered stay
-transformers' own, on the same modules.
+search and for sampling, with prompt lookup or without, we hand it ours, as its ``custom_generate``. Beam search and what
+else is not covered stay transformers' own, on the same modules.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.forward import visible_tokens
+from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup, Speculation
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.step import DecodeStep
 
@@ -27,12 +28,20 @@ class Generation:
         model: the causal LM.
         engine: gives the engine for the modules as they are now.
         kv_dtype: of the cache, or None: the model's.
+        lookup: prompt lookup for calls that do not ask for it themselves, or None.
+
+    Attributes:
+        lookup_counts: of all calls so far, by the names in :data:`~llmopt.runtime.lookup.COUNTS`.
     """
 
-    def __init__(self, model: Any, engine: Callable[[], Engine], kv_dtype: torch.dtype | None) -> None:
-        self._model, self._engine, self._kv_dtype = model, engine, kv_dtype
+    def __init__(
+        self, model: Any, engine: Callable[[], Engine], kv_dtype: torch.dtype | None, lookup: Lookup | None = None
+    ) -> None:
+        self._model, self._engine, self._kv_dtype, self._lookup = model, engine, kv_dtype, lookup
+        self.lookup_counts = dict.fromkeys(COUNTS, 0)
         self._own_generate = model.generate
         self._own_sample = model._sample
+        self._own_assisted = model._assisted_decoding
         self._own_prepare = model._prepare_cache_for_generation
         self._idle: list[DecodeStep] = []
 
@@ -100,14 +109,20 @@ class Generation:
         self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
     ) -> Any:  # fmt: skip
-        """``GenerationMixin._sample`` with the same arguments and results."""
+        """``GenerationMixin._sample`` with the same arguments and results, or ``_assisted_decoding`` for prompt lookup."""
         cache: Any = model_kwargs.get("past_key_values")
-        if _uncovered(generation_config, synced_gpus, input_ids, model_kwargs):
-            return self._own_sample(
+        asked = generation_config.prompt_lookup_num_tokens is not None
+        # prompt lookup for a batch is refused by transformers, and so it is here
+        if _uncovered(generation_config, synced_gpus, input_ids, model_kwargs) or (asked and len(input_ids) > 1):
+            own, more = (self._own_assisted, {"inputs_tensor": input_ids}) if asked else (self._own_sample, {})
+            return own(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
-                streamer=streamer, **model_kwargs,
+                streamer=streamer, **more, **model_kwargs,
             )  # fmt: skip
+        lookup = _lookup_of(generation_config) if asked else self._lookup
         loop = _Loop(self._engine(), cache, input_ids, model_kwargs, generation_config)
+        if lookup is not None and len(input_ids) == 1:
+            loop.lookup, loop.counts = lookup, self.lookup_counts
         result = loop.run(logits_processor, stopping_criteria, streamer)
         if not (generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)):
             self._idle = [loop.step]
@@ -121,7 +136,7 @@ def engine_of(model: Any) -> Engine | None:
 
 
 def _one_by_one(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True for greedy search and sampling, as transformers will tell them from these arguments."""
+    """True for greedy search and sampling, prompt lookup or not, as transformers will tell them from these arguments."""
     from transformers.generation.configuration_utils import GenerationMode
 
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -130,7 +145,20 @@ def _one_by_one(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     if positional or kwargs.get("synced_gpus") or config.stop_strings is not None:
         return False
     config.update(**{k: v for k, v in kwargs.items() if k != "generation_config" and hasattr(config, k)})
+    config.prompt_lookup_num_tokens = None
     return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def _lookup_of(config: Any) -> Lookup:
+    """Transformers' own options for prompt lookup.
+
+    Raises:
+        ValueError: not positive, as transformers says it.
+    """
+    guesses, ngram = config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2
+    if guesses <= 0 or ngram <= 0:
+        raise ValueError("Invalid max_matching_ngram_size or num_output_tokens")
+    return Lookup(min(guesses, MOST_GUESSES), ngram)
 
 
 def _with_stop_strings(strings: Any, kwargs: dict[str, Any]) -> Any:
@@ -188,6 +216,11 @@ class _Loop:
         self.mask = kwargs.get("attention_mask")
         self.scores: list[torch.Tensor] = []
         self.logits: list[torch.Tensor] = []
+        self.lookup: Lookup | None = None
+        self.counts: dict[str, int] = {}
+        self.speculation: Speculation | None = None
+        # greedy choice of the last logits, where a step has made it
+        self.choice: torch.Tensor | None = None
 
     @torch.no_grad()
     def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
@@ -201,9 +234,12 @@ class _Loop:
         logits = self._prefill()
         self.plain = not config.do_sample and not config.return_dict_in_generate and _only_delays_end(processors)
         self.step = self._step(limit)
+        if self.lookup is not None:
+            known = self.ids[0, : self.prompt].tolist()
+            self.speculation = Speculation(self.engine, self.step, self.lookup, known, self.counts)
         finish = _Finish(criteria, config, buffer)
         while True:
-            tokens = self._greedy(logits) if self.plain else None
+            tokens = (logits.argmax(-1) if self.choice is None else self.choice) if self.plain else None
             if tokens is None or (len(processors) and finish.holds_end(tokens)):
                 tokens = self._choose(logits, processors)
             tokens = finish.pad(tokens)
@@ -253,15 +289,12 @@ class _Loop:
         step.start(self.cache.length - self.cache.start)
         return step
 
-    def _greedy(self, logits: torch.Tensor) -> torch.Tensor:
-        return self.step.ids if logits is self.step.logits else logits.argmax(-1)
-
     def _choose(self, logits: torch.Tensor, processors: Any) -> torch.Tensor:
         config = self.config
         keep = config.return_dict_in_generate
-        if logits is self.step.logits:
-            self.step.complete()
-        raw = logits.clone() if logits is self.step.logits else logits
+        if self.choice is not None:
+            (self.step if self.speculation is None else self.speculation.last).complete()
+        raw = logits if self.choice is None else logits.clone()  # a step's are gone with the next one
         scores: torch.Tensor = processors(
             self.ids[:, : self.length], raw.clone() if keep and config.output_logits else raw
         )
@@ -278,11 +311,18 @@ class _Loop:
         if self.length > cache.capacity:
             cache.reserve(self.length)
             self.step = self._step(self.length)
-        if tokens is not self.step.ids:
-            self.step.ids.copy_(tokens)
-        self.step.run()
+            if self.speculation is not None:
+                self.speculation.moved_to(self.step)
+        if self.speculation is not None:
+            room = min(cache.capacity, self.ids.shape[1] - 1) - self.length
+            logits, self.choice = self.speculation.decode(tokens, room)
+        else:
+            if tokens is not self.step.ids:
+                self.step.ids.copy_(tokens)
+            self.step.run()
+            logits, self.choice = self.step.logits, self.step.ids
         cache.length = self.length
-        return self.step.logits
+        return logits
 
     def _result(self) -> Any:
         ids = self.ids[:, : self.length].clone()

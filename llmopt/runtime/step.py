@@ -1,4 +1,7 @@
-"""One decode step of a batch as a recorded program: token in, the greedy next token and logits out."""
+"""One decode step as a recorded program: token in, the greedy next token and logits out.
+
+A step takes one token of each sequence of a batch, or several of a single sequence (to verify tokens that were guessed).
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,38 @@ from llmopt.runtime.rows import Rows
 
 
 class DecodeStep:
-    """One token further in every sequence of a cache.
+    """One token further in every sequence of a cache, or several tokens further in its only one.
 
     Args:
         engine: the model.
         cache: of S sequences; it must not grow while the step is in use.
+        tokens: M, of each sequence; more than one only where S is one.
         greedy: logits are seldom asked for, so the head may be screened.
 
     Attributes:
-        ids: ``[S]`` int64, the tokens to decode next. A run replaces them by the greedy choice.
-        logits: ``[S, V]`` float32, of the last run; of a greedy step only after :meth:`complete`.
+        ids: ``[S * M]`` int64, the tokens to decode next, the last one first. A run replaces each by the greedy choice of
+            what follows it.
+        logits: ``[S * M, V]`` float32, of the last run, in the same order; of a greedy step only after :meth:`complete`.
+        wider: steps of more tokens over the same cache, by M; whoever needs one makes it.
     """
 
-    def __init__(self, engine: Engine, cache: KVCache, greedy: bool = False) -> None:
-        batch = cache.sequences
+    def __init__(self, engine: Engine, cache: KVCache, tokens: int = 1, greedy: bool = False) -> None:
+        rows = cache.sequences * tokens
         self.cache, self.capacity, self.threads = cache, cache.capacity, torch.get_num_threads()
-        self.ids = torch.zeros(batch, dtype=torch.int64)
-        self.logits = torch.empty(batch, engine.vocab_size)
+        self.tokens, self.wider = tokens, dict[int, DecodeStep]()
+        self.ids = torch.zeros(rows, dtype=torch.int64)
+        self.logits = torch.empty(rows, engine.vocab_size)
         self.greedy = greedy
-        self._engine, self._screened = engine, greedy and engine.screens(batch)
+        self._engine, self._screened = engine, greedy and engine.screens(rows)
+        # the last token first: attention takes tokens that follow each other for one run, and cuts that run's keys in
+        # another way than a single token's. So each is a run of its own, with the numbers it has when decoded alone.
+        self._ahead = torch.arange(tokens - 1, -1, -1, dtype=torch.int32).repeat(cache.sequences)
         self._rows = Rows(
-            torch.zeros(batch, dtype=torch.int32), torch.arange(batch, dtype=torch.int32),
-            torch.zeros(batch, dtype=torch.int32),
-        )  # fmt: skip
-        self._hidden = torch.empty(batch, engine.hidden_size)
+            torch.zeros(rows, dtype=torch.int32),
+            torch.arange(cache.sequences, dtype=torch.int32).repeat_interleave(tokens),
+            torch.zeros(rows, dtype=torch.int32),
+        )
+        self._hidden = torch.empty(rows, engine.hidden_size)
         self._context = Context(self._rows, cache, engine.rope(cache.capacity), Workspace(recorded=True))
         self._program = Program(lambda: self._record(engine), keep=(self._context, engine, cache.keys, cache.values))
 
@@ -58,13 +69,18 @@ class DecodeStep:
 
     def fits(self, cache: KVCache) -> bool:
         """True while what was recorded is what would be recorded now."""
-        same = self.cache is cache and self.capacity == cache.capacity and len(self.ids) == cache.sequences
+        same = (
+            self.cache is cache and self.capacity == cache.capacity and len(self.ids) == cache.sequences * self.tokens
+        )
         return same and self.threads == torch.get_num_threads()
 
     def start(self, position: torch.Tensor) -> None:
-        """Place the next token behind what the cache holds; ``position`` [S] is its rope position."""
-        self._rows.slot.fill_(self.cache.length - 1)
-        self._rows.position.copy_(position.to(torch.int32) - 1)
+        """Place the next tokens behind what the cache holds; ``position`` [S] is the rope position of the first.
+
+        Runs of a step of one token follow each other; with more, each run is placed anew.
+        """
+        torch.add(self._ahead, self.cache.length - 1, out=self._rows.slot)
+        torch.add(self._ahead, position.to(torch.int32) - 1, out=self._rows.position)
 
     def run(self) -> None:
         """Decode ``ids``. The caller has made sure that the cache has room."""

@@ -72,6 +72,8 @@ def test_cropping_and_resetting() -> None:
     assert cache.get_seq_length() == 3
     cache.crop(-1)
     assert cache.get_seq_length() == 2
+    cache.crop(0)  # assisted decoding takes no token back
+    assert cache.get_seq_length() == 2
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.capacity == 8

@@ -34,6 +34,8 @@ class FuseKernels(Pass):
         kv_dtype: of the KV cache: "bf16", "fp16" or "fp32"; None: the model's dtype.
         screened_head: find greedy tokens by an 8-bit head's high nibbles, and score with all 8 bits only the rows that may win;
             whatever looks at logits gets all of them. None: where the head is large enough and a trial finds the same tokens.
+        prompt_lookup: most tokens to guess from what followed the same words earlier in the sequence (0 to 15; 0: none).
+            They are verified together in one step. The tokens stay those of plain decoding; a batch decodes plainly.
     """
 
     name: ClassVar[str] = "fuse_kernels"
@@ -41,12 +43,17 @@ class FuseKernels(Pass):
 
     kv_dtype: str | None = None
     screened_head: bool | None = None
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
         if self.kv_dtype is not None and self.kv_dtype not in _KV_DTYPES:
             raise InputError.argument("kv_dtype", expected=f"None or {' | '.join(_KV_DTYPES)}", got=self.kv_dtype)
         if self.screened_head not in (None, True, False):
             raise InputError.argument("screened_head", expected="None, True or False", got=self.screened_head)
+        from llmopt.runtime.lookup import MOST_GUESSES
+
+        if type(self.prompt_lookup) is not int or not 0 <= self.prompt_lookup <= MOST_GUESSES:
+            raise InputError.argument("prompt_lookup", expected=f"0 to {MOST_GUESSES}", got=self.prompt_lookup)
 
     def check(self, ctx: PassContext) -> Verdict:
         if ctx.device.type != "cpu":
@@ -66,6 +73,7 @@ class FuseKernels(Pass):
     def apply(self, ctx: PassContext) -> Applied:
         from llmopt.runtime.forward import FusedForward
         from llmopt.runtime.generate import Generation
+        from llmopt.runtime.lookup import Lookup
 
         ctx.emit(Event("progress", self.name, "fusing the decoder"))
         resolved, fallbacks = ctx.resolved, dict[str, int]()
@@ -74,7 +82,8 @@ class FuseKernels(Pass):
         head, trial = self._head(ctx, current)
         stack = model.get_submodule(resolved.family.layers.rpartition(".")[0])
         kv_dtype = None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
-        generation = Generation(model, current.get, kv_dtype)
+        lookup = Lookup(self.prompt_lookup) if self.prompt_lookup else None
+        generation = Generation(model, current.get, kv_dtype, lookup)
         # the head as given and the one that stands there now: other passes' patches may be off while this one is on
         heads: dict[int, nn.Module] = {
             id(head): head for head in (resolved.head.module, getattr(resolved.head.parent, resolved.head.attr))
@@ -94,7 +103,7 @@ class FuseKernels(Pass):
                 "kv cache": str(kv_dtype or resolved.dtype).removeprefix("torch."),
             },
         )
-        details = {"fallbacks_to_own_forward": fallbacks, **trial}
+        details = {"fallbacks_to_own_forward": fallbacks, "prompt_lookup": generation.lookup_counts, **trial}
         return Applied(Patch(swaps, on_enable=current.forget), coverage, details)
 
     def _head(self, ctx: PassContext, current: _Current) -> tuple[str, dict[str, Any]]:
