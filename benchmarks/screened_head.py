@@ -217,8 +217,8 @@ def main() -> None:
     if arguments.markdown:
         arguments.markdown.write_text(
             f"# The screened head beside the 8-bit head, {seen['date'][:10]}\n\n    {command}\n\n"
-            f"Under a margin: positions with another token, and in brackets the mean number of rows scored with 8 bits. The op's "
-            f"margin is {MARGIN:g}. Under best C: how often the right row is among the best C by 4-bit logits alone "
+            f"Under a margin: positions with another token, and in brackets the mean number of rows scored with 8 bits. "
+            f"The op's margin is {MARGIN:g}. Under best C: how often the right row is among the best C by 4-bit logits alone "
             f"({RANKED} positions).\n\n{table(results)}\n",
             encoding="utf-8",
         )

@@ -149,7 +149,8 @@ class Speculation:
             room: tokens that may be guessed beyond it.
 
         Returns:
-            Logits ``[1, V]``, of a greedy step to be completed first, and the greedy choice ``[1]``; both valid until the next call.
+            Logits ``[1, V]`` (those of a greedy step are to be completed first) and the greedy choice ``[1]``; both are
+            valid until the next call.
         """
         value = int(token)
         self._index.append(value)
