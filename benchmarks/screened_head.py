@@ -180,7 +180,13 @@ def cells(r: Result) -> list[str]:
 
 
 def table(results: Sequence[Result]) -> str:
-    heading = ["head", "hidden states", "positions", *(f"margin {m:g}" for m in MARGINS), *(f"best {c}" for c in COUNTS)]
+    heading = [
+        "head",
+        "hidden states",
+        "positions",
+        *(f"margin {m:g}" for m in MARGINS),
+        *(f"best {c}" for c in COUNTS),
+    ]
     lines = [heading, ["---"] * len(heading), *map(cells, results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -201,13 +207,18 @@ def main() -> None:
     seen: dict[str, Any] = environment.capture()
     command = "python " + shlex.join(["benchmarks/screened_head.py", "--positions", str(arguments.positions)])
     if arguments.json:
-        record = {"environment": seen, "command": command, "margin": MARGIN, "results": list(map(dataclasses.asdict, results))}
+        record = {
+            "environment": seen,
+            "command": command,
+            "margin": MARGIN,
+            "results": list(map(dataclasses.asdict, results)),
+        }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
         arguments.markdown.write_text(
             f"# The screened head beside the 8-bit head, {seen['date'][:10]}\n\n    {command}\n\n"
-            f"Under a margin: positions with another token, and in brackets the mean number of rows scored with 8 bits. The op's "
-            f"margin is {MARGIN:g}. Under best C: how often the right row is among the best C by 4-bit logits alone "
+            f"Under a margin: positions with another token, and in brackets the mean number of rows scored with 8 bits. "
+            f"The op's margin is {MARGIN:g}. Under best C: how often the right row is among the best C by 4-bit logits alone "
             f"({RANKED} positions).\n\n{table(results)}\n",
             encoding="utf-8",
         )

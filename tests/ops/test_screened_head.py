@@ -91,7 +91,10 @@ def test_bounds_of_the_reference_hold_and_are_what_the_op_goes_by(isa: str) -> N
 
 def test_low_nibbles_decide(isa: str) -> None:
     # all rows look alike in 4 bits
-    q = torch.full((500, 128), 0x70, dtype=torch.uint8) + torch.randint(0, 16, (500, 128), generator=generator(5)).byte()
+    q = (
+        torch.full((500, 128), 0x70, dtype=torch.uint8)
+        + torch.randint(0, 16, (500, 128), generator=generator(5)).byte()
+    )
     x = torch.randn(9, 128, generator=generator(6))
     weight = head(q)
     assert torch.equal(chosen(x, weight)[0], all_logits(x, weight).argmax(-1))

@@ -10,7 +10,9 @@ from llmopt.ops.int4_linear import layout
 from llmopt.ops.int4_linear.reference import quantize_tokens
 
 
-def screened_head(x: torch.Tensor, weight: Weight, *, norm: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
+def screened_head(
+    x: torch.Tensor, weight: Weight, *, norm: torch.Tensor | None = None, eps: float = 0.0
+) -> torch.Tensor:
     """``[T]`` int64: argmax of all 8-bit logits, none left out."""
     return product(rms_norm(x, norm, eps), weight).argmax(-1)
 
