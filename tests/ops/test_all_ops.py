@@ -340,7 +340,7 @@ def result_of(name: str, inputs: Inputs) -> torch.Tensor:
     if returned is not None:
         return returned.flatten()
     arguments = zip(schema_of(name).arguments, values, strict=True)
-    return torch.cat([value.flatten() for argument, value in arguments if argument.is_write])
+    return torch.cat([value.flatten() for argument, value in arguments if argument.is_write and value is not None])
 
 
 @pytest.mark.parametrize("name", registered())

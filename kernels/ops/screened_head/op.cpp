@@ -90,8 +90,7 @@ Screened prepare(const ScreenJob& job, const Team& team) {
   const Share mine = shared ? team.share(tokens) : Share{0, tokens};
   prepare_tokens(job.product, mine, x.tokens);
   for (int64_t m = mine.begin; m < mine.end; ++m)
-    screen_kernels(active_isa())
-        .terms(x.tokens.quant, m, job.whole.group, job.margin, terms_of(x.terms, m, groups));
+    screen_kernels(active_isa()).terms(x.tokens.quant, m, job.whole.group, job.margin, terms_of(x.terms, m, groups));
   if (shared) team.sync();
   return x;
 }

@@ -97,7 +97,10 @@ SPEC = OpSpec(
         Case("no_tokens", {"tokens": 0, "n": 16, "k": 32, "group": 32}),
         *(Case(f"tokens_{t}", {"tokens": t, "n": 1000, "k": 200, "norm": True}) for t in (1, 2, 3, 8, 9, 17, 63)),
         *(Case(f"rows_{n}", {"tokens": 2, "n": n, "k": 256}) for n in (15, 16, 17, 255, 257, 5003)),
-        *(Case(f"group_{v}", {"tokens": t, "n": 700, "k": 264, "group": v}) for t, v in ((1, 32), (3, 64), (30, 32))),
+        *(
+            Case(f"group_{v}_t{t}", {"tokens": t, "n": 700, "k": 264, "group": v})
+            for t, v in ((1, 32), (3, 64), (30, 32))
+        ),
         Case("short_k", {"tokens": 2, "n": 300, "k": 5, "group": 32, "norm": True}),
         *(
             Case(f"{name}_t{t}", {"tokens": t, "n": n, "k": k, "norm": True}, real=True)
