@@ -7,6 +7,9 @@ read bandwidth, and PyTorch's allocator does not ask for larger ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from llmopt.models.base import ResolvedModel
 
 _HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64
+_PIECE = 8 * _HUGE_PAGE
 # below this a model's weights may stay in the caches, and rounding up to huge pages shows
 _SMALL_BYTES = 64 << 20
 
@@ -41,6 +45,34 @@ class WeightArena:
             self._block = huge_block(self.capacity)
         self._used = start + size
         return self._block[start : self._used].view(shape)
+
+    @contextmanager
+    def populated(self, size: int) -> Iterator[None]:
+        """Meanwhile a thread gets memory for the first ``size`` bytes, from the last to what has been handed out.
+
+        Where a virtual machine asks its host for every huge page, that takes ten times as long as filling them; whoever
+        fills them from the front and this thread from the back ask side by side. What is written is kept.
+        """
+        if self.capacity < _SMALL_BYTES or not native.available():
+            yield
+            return
+        if self._block is None:
+            self._block = huge_block(self.capacity)
+        block, over = self._block, Event()
+
+        def populate() -> None:
+            for start in reversed(range(0, min(size, self.capacity), _PIECE)):
+                if over.is_set() or start < self._used:
+                    return
+                native.library().populate_pages(block[start : min(start + _PIECE, size)])
+
+        thread = Thread(target=populate, name="llmopt-arena")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a uint8 CPU tensor in the block; others, and what lies there already, come back as they are."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from llmopt import arena
+from llmopt import arena, native
 from llmopt.arena import WeightArena
 from llmopt.measure.memory import module_bytes
 
@@ -81,3 +82,22 @@ def test_other_devices_and_dtypes_stay_where_they_are(small: None) -> None:
     block = WeightArena(MB)
     for tensor in (torch.empty(10, dtype=torch.uint8, device="meta"), torch.ones(10)):
         assert block.place(tensor) is tensor
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+def test_memory_comes_ahead_of_use_and_what_is_written_stays(small: None) -> None:
+    block = WeightArena(64 * MB)
+    with block.populated(40 * MB):
+        written = [block.take((MB,)).fill_(i) for i in range(40)]
+    assert all((tensor == i).all() for i, tensor in enumerate(written))
+    with block.populated(64 * MB):
+        pass
+    assert all((tensor == i).all() for i, tensor in enumerate(written))
+    assert not [t for t in threading.enumerate() if t.name == "llmopt-arena"]
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+def test_the_thread_ends_with_an_error_inside(small: None) -> None:
+    with pytest.raises(RuntimeError, match="inside"), WeightArena(64 * MB).populated(64 * MB):
+        raise RuntimeError("inside")
+    assert not [t for t in threading.enumerate() if t.name == "llmopt-arena"]

@@ -88,7 +88,7 @@ def pack(codes: Codes, *, bits: int, v2: bool = False) -> GptqTensors:
         codes = _without_zero_zeros(codes, top=2**bits - 1)
     stored = codes.zeros if v2 else codes.zeros - 1
     return GptqTensors(
-        qweight=_to_words(codes.q, bits).t().contiguous(),
+        qweight=pack_weight(codes.q, bits=bits),
         qzeros=_to_words(stored.t().contiguous(), bits),
         scales=codes.scales.t().contiguous(),
         g_idx=codes.g_idx.to(torch.int32),
@@ -109,6 +109,11 @@ def unpack(tensors: GptqTensors, *, bits: int, v2: bool = False) -> Codes:
         zeros=unpack_zeros(tensors.qzeros, n, bits=bits, v2=v2),
         g_idx=tensors.g_idx,
     )
+
+
+def pack_weight(q: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Codes ``[N, K]`` uint8 to ``qweight [W, N]``."""
+    return _to_words(q, bits).t().contiguous()
 
 
 def unpack_weight(qweight: torch.Tensor, in_features: int, *, bits: int) -> torch.Tensor:

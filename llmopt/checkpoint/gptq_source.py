@@ -1,7 +1,8 @@
-"""One quantized linear in a checkpoint's files: checked, and handed out as rows of codes in the kernels' order."""
+"""One quantized linear in a checkpoint's files: checked, and written in the kernels' layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,9 @@ from llmopt.checkpoint.quant_config import Settings, kernel_settings
 from llmopt.checkpoint.shard_reader import Shard
 from llmopt.errors import CheckpointError, InputError
 from llmopt.ops.int4_linear import layout
+from llmopt.ops.packed_tiles import packed_words
 from llmopt.passes.quantize_gptq.linear import kernel_group_size, spread_scales
 
-_BLOCK_WEIGHTS = 2**21
 # a scale that float16 holds less exactly than bfloat16 would is too small for it
 _SCALE_TOLERANCE = 2.0**-8
 
@@ -77,40 +78,22 @@ class GptqSource:
             self.zeros: torch.Tensor | None = self._whole_groups(zeros, repeat, groups)
         else:
             self.zeros = None
-        self._qweight = form.read("qweight")
+        # [ceil(K * bits / 32), N] int32, columns in the kernels' order
+        self.words = form.read("qweight") if perm is None else _permuted(form, perm)
 
     @property
     def asymmetric(self) -> bool:
         return self.zeros is not None
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Codes ``[stop - start, K]`` uint8."""
-        q = gptq_format.unpack_weight(self._qweight[:, start:stop], self.form.in_features, bits=self.form.bits)
-        return q if self.perm is None else q[:, self.perm]
+    def packed_shape(self, out_features: int) -> tuple[int, int]:
+        """Of a weight of so many rows in this linear's format."""
+        return layout.packed_shape(
+            out_features, self.form.in_features, self.kernel_group, bits=self.form.bits, asymmetric=self.asymmetric
+        )
 
-    def pack(self) -> torch.Tensor:
-        """The linear in the kernels' layout, a block of rows at a time."""
-        n, k = self.form.out_features, self.form.in_features
-        shape = layout.packed_shape(n, k, self.kernel_group, bits=self.form.bits, asymmetric=self.asymmetric)
-        packed = torch.empty(shape, dtype=torch.uint8)
-        step = max(1, _BLOCK_WEIGHTS // (k * layout.TILE_ROWS)) * layout.TILE_ROWS
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            zeros = None if self.zeros is None else self.zeros[start:stop]
-            block = self.pack_codes(self.rows(start, stop), self.scales[start:stop], zeros)
-            first = start // layout.TILE_ROWS
-            packed[first : first + block.shape[0]] = block
-        return packed
-
-    def pack_codes(self, q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
-        """Pack any rows of codes that are in this linear's format: ``q [N, K]``, ``scales`` and ``zeros [N, G]``."""
-        k = self.form.in_features
-        packed: torch.Tensor = layout.pack(
-            q, spread_scales(scales, k, self.group_size),
-            None if zeros is None else spread_scales(zeros, k, self.group_size),
-            group_size=self.kernel_group, bits=self.form.bits,
-        )  # fmt: skip
-        return packed
+    def pack(self, out: torch.Tensor) -> None:
+        """Write the linear in the kernels' layout."""
+        pack_together([self], out)
 
     def _whole_groups(self, x: torch.Tensor, repeat: int, groups: int) -> torch.Tensor:
         return x if repeat == 1 else x.repeat_interleave(repeat, -1)[:, :groups].contiguous()
@@ -128,6 +111,29 @@ class GptqSource:
         if asymmetric and self.form.bits == 8:
             raise CheckpointError(f"{self.form.where('qzeros')}: expected symmetric weights at 8 bits, got zero points")
         return asymmetric
+
+
+def pack_together(sources: Sequence[GptqSource], out: torch.Tensor) -> None:
+    """Write linears of one format and input, one below the other, as one weight in the kernels' layout."""
+    first = sources[0]
+    k, zeros = first.form.in_features, [x.zeros for x in sources if x.zeros is not None]
+
+    def spread(parts: list[torch.Tensor]) -> torch.Tensor:
+        return spread_scales(_joined(parts, 0), k, first.group_size).contiguous()
+
+    packed_words(
+        _joined([x.words for x in sources], 1), spread([x.scales for x in sources]), spread(zeros) if zeros else None,
+        out, in_features=k, group_size=first.kernel_group, bits=first.form.bits,
+    )  # fmt: skip
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _permuted(form: LinearFormat, perm: torch.Tensor) -> torch.Tensor:
+    q = gptq_format.unpack_weight(form.read("qweight"), form.in_features, bits=form.bits)
+    return gptq_format.pack_weight(q[:, perm], bits=form.bits)
 
 
 def _checked_scales(form: LinearFormat) -> torch.Tensor:

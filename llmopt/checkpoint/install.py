@@ -9,14 +9,14 @@ from torch import nn
 
 from llmopt.checkpoint import requantize
 from llmopt.checkpoint.experts import ExpertLinears
-from llmopt.checkpoint.gptq_source import GptqSource
-from llmopt.checkpoint.manifest import MANIFEST, SCALES, Requantized
+from llmopt.checkpoint.gptq_source import GptqSource, pack_together
+from llmopt.checkpoint.manifest import Requantized
 from llmopt.checkpoint.shard_reader import Shard
-from llmopt.errors import CheckpointError
-from llmopt.ops.int4_linear import layout
+from llmopt.errors import CheckpointError, InputError
 from llmopt.passes.quantize_gptq.linear import QuantExperts, QuantLinear, kernel_group_size
 
 _BLOCK_VALUES = 2**21
+Take = Callable[[tuple[int, ...]], torch.Tensor]  # uint8 memory of a shape, for packed weights
 
 
 def read_plain(shard: Shard, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -50,42 +50,44 @@ def same_values(one: tuple[Shard, str], other: tuple[Shard, str]) -> bool:
     )
 
 
-def read_linear(source: GptqSource, bias: torch.Tensor | None) -> QuantLinear:
+def read_linear(source: GptqSource, bias: torch.Tensor | None, take: Take) -> QuantLinear:
     """A quantized linear as a module."""
     form = source.form
+    packed = take(source.packed_shape(form.out_features))
+    source.pack(packed)
     return QuantLinear(
-        source.pack(), bias, in_features=form.in_features, out_features=form.out_features, bits=form.bits,
+        packed, bias, in_features=form.in_features, out_features=form.out_features, bits=form.bits,
         group_size=source.group_size, asymmetric=source.asymmetric, perm=source.perm,
     )  # fmt: skip
 
 
-def fuse_experts(make: Callable[[int], Sequence[GptqSource]], count: int) -> QuantExperts:
+def fuse_experts(make: Callable[[int], Sequence[GptqSource]], count: int, take: Take) -> QuantExperts:
     """Experts with one common layout as the fused module.
 
     Args:
         make: an expert's gate, up and down.
         count: number of experts.
+        take: gives memory.
     """
     gate_up, down = torch.empty(0), torch.empty(0)
     for expert in range(count):
         gate, up, low = make(expert)
         inner = gate.form.out_features
-        # gate and up are one weight [2I, H]: a tile may hold rows of both
-        zeros = None if gate.zeros is None or up.zeros is None else torch.cat([gate.zeros, up.zeros])
-        q = torch.cat([gate.rows(0, inner), up.rows(0, inner)])
-        first, second = gate.pack_codes(q, torch.cat([gate.scales, up.scales]), zeros), low.pack()
         if expert == 0:
-            gate_up, down = (torch.empty((count, *p.shape), dtype=torch.uint8) for p in (first, second))
-        gate_up[expert], down[expert] = first, second
+            gate_up = take((count, *gate.packed_shape(2 * inner)))
+            down = take((count, *low.packed_shape(low.form.out_features)))
+        # gate and up are one weight [2I, H]: a tile may hold rows of both
+        pack_together([gate, up], gate_up[expert])
+        low.pack(down[expert])
     return QuantExperts(
         gate_up, down, hidden_dim=gate.form.in_features, intermediate_dim=inner, group_size=gate.group_size,
         asymmetric=gate.asymmetric,
     )  # fmt: skip
 
 
-def separate_experts(make: Callable[[int], Sequence[GptqSource]], count: int) -> ExpertLinears:
+def separate_experts(make: Callable[[int], Sequence[GptqSource]], count: int, take: Take) -> ExpertLinears:
     """Experts that the fused module cannot hold, as a linear each."""
-    linears = [[read_linear(source, None) for source in make(expert)] for expert in range(count)]
+    linears = [[read_linear(source, None, take) for source in make(expert)] for expert in range(count)]
     gate, up, down = zip(*linears, strict=True)
     return ExpertLinears(gate, up, down)
 
@@ -117,27 +119,18 @@ def read_grid(scales: Shard, record: Requantized, out_features: int, in_features
     return requantize.Grid(s, zeros, perm, out_features, in_features, record.bits, group)
 
 
-def requantized_bytes(shard: Shard, tensor: str, grid: requantize.Grid, record: Requantized) -> torch.Tensor:
-    """Quantize again; the packed bytes must be those that were saved.
+def requantized_bytes(shard: Shard, tensor: str, grid: requantize.Grid, take: Take) -> torch.Tensor:
+    """A tensor quantized again with its saved scales.
 
     Raises:
-        CheckpointError: they are not: the tensor or ``llmopt.scales`` was changed.
+        CheckpointError: it holds NaN or Inf.
     """
-    shape = layout.packed_shape(
-        grid.out_features, grid.in_features, grid.kernel_group, bits=grid.bits, asymmetric=grid.zeros is not None
-    )
-    packed = torch.empty(shape, dtype=torch.uint8)
-
-    def rows(start: int, stop: int) -> torch.Tensor:
-        return checked(shard, tensor, shard.read_rows(tensor, start, stop))
-
-    for tiles, block in requantize.pack_rows(rows, grid):
-        packed[tiles] = block
-    if requantize.sha256(packed) != record.sha256:
-        raise CheckpointError(
-            f"{shard.path}: {tensor}: quantized again with {SCALES}, expected the bytes recorded in {MANIFEST} "
-            f"(sha256 {record.sha256[:12]}...), got others"
-        )
+    packed = take(requantize.packed_shape(grid))
+    try:
+        requantize.pack_rows(lambda start, stop: shard.read_rows(tensor, start, stop), grid, packed)
+    except InputError:
+        # shapes and dtypes have been checked, values are what is left
+        raise CheckpointError(f"{shard.path}: {tensor}: expected finite values, got NaN or Inf") from None
     return packed
 
 

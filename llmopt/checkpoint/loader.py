@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 from llmopt.arena import WeightArena
-from llmopt.checkpoint import install
+from llmopt.checkpoint import install, requantize
 from llmopt.checkpoint.gptq_source import GptqSource, LinearFormat
+from llmopt.checkpoint.hashes import HashChecks
 from llmopt.checkpoint.inventory import Inventory
 from llmopt.checkpoint.manifest import MANIFEST, SCALES, Manifest, Requantized
 from llmopt.checkpoint.names import disk_names, expert_name, expert_projections, fused_names, is_kept_fp32
@@ -63,6 +65,11 @@ class Loader:
         self._packed: dict[tuple[str, str, int, str], torch.Tensor] = {}  # requantized bytes that several modules share
         self._tie_head = False
         self._arena = WeightArena(self.inventory.num_bytes())
+        self._checks: HashChecks | None = None
+        self._packed_bytes = sum(  # at least: padding of rows and columns, and zero points, come on top
+            info.stop - info.start for shard in files.shards for name, info in shard.tensors.items()
+            if name.endswith((".qweight", ".scales"))
+        )  # fmt: skip
 
     def plan(self) -> list[Job]:
         """Check everything that the headers tell; what is left is to run the jobs.
@@ -70,13 +77,11 @@ class Loader:
         Raises:
             CheckpointError: the files do not hold this model.
         """
-        jobs = [*self._requantized_jobs(), *self._linear_jobs()]
-        for layer in self.resolved.layers:
-            if layer.experts is not None:
-                jobs += self._experts_jobs(layer.experts)
-        jobs += self._head_jobs()
+        # memory in the order of execution: a step ends with the head, and the next begins with the first layer
+        jobs = [*self._requantized_jobs(), *self._packed_jobs(), *self._head_jobs()]
         fused = {n for layer in self.resolved.layers if layer.experts for n in fused_names(layer.experts)}
-        disk = disk_names(self.model, self._todo.keys() - fused)
+        # asking transformers takes longer than all the rest of the plan, and most families rename nothing
+        disk = disk_names(self.model, [n for n in self._todo if n not in fused and n not in self.inventory])
         for name in self._todo:
             found = self.inventory.take([disk.get(name, name), name], self._state[name])
             if found is not None:
@@ -84,14 +89,20 @@ class Loader:
         self.inventory.finish(self._ignorable())
         return jobs
 
-    def run(self, jobs: list[Job]) -> None:
+    def run(self, jobs: list[Job], checks: HashChecks) -> None:
         """Install everything.
+
+        Args:
+            jobs: of :meth:`plan`.
+            checks: take the bytes that were quantized again.
 
         Raises:
             CheckpointError: values that cannot be: NaN, zero scales, indices out of range.
         """
-        for job in jobs:
-            job()
+        self._checks = checks
+        with self._arena.populated(self._packed_bytes if self.device.type == "cpu" else 0):
+            for job in jobs:
+                job()
         if self._tie_head:
             self.resolved.head.module.weight = self.resolved.embedding.weight
         empty = [n for n, t in (*self.model.named_parameters(), *self.model.named_buffers()) if t.is_meta]
@@ -105,10 +116,11 @@ class Loader:
         return [*own, *_COMPUTED, *(rf"^{layers}\.{i}\." for i in extra)]
 
     def _put(self, name: str, value: nn.Module | torch.Tensor) -> None:
-        value = value.to(self.device)
-        if isinstance(value, nn.Module):
-            self._arena.adopt(value)
-        install.put(self.model, name, value)
+        install.put(self.model, name, value.to(self.device))
+
+    def _take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory on the CPU: where the weights stay, or from where they go to another device."""
+        return self._arena.take(shape) if self.device.type == "cpu" else torch.empty(shape, dtype=torch.uint8)
 
     def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         if self.dtype is None:
@@ -125,9 +137,12 @@ class Loader:
 
     # -- quantized linears ---------------------------------------------------------------------------------------------
 
-    def _linear_jobs(self) -> Iterator[Job]:
+    def _packed_jobs(self) -> Iterator[Job]:
+        experts = {layer.experts.name: layer.experts for layer in self.resolved.layers if layer.experts is not None}
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and f"{name}.qweight" in self.inventory:
+            if name in experts:
+                yield from self._experts_jobs(experts[name])
+            elif isinstance(module, nn.Linear) and f"{name}.qweight" in self.inventory:
                 self._claim(f"{name}.weight", f"{name}.bias")
                 form = self.inventory.gptq(name, self.settings, (module.out_features, module.in_features))
                 bias = self._take_bias(name, module)
@@ -149,7 +164,7 @@ class Loader:
                 bias = None
         assert self.settings is not None
         source = GptqSource(form, self.settings, form.column_order())
-        self._put(form.name, install.read_linear(source, bias))
+        self._put(form.name, install.read_linear(source, bias, self._take))
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +222,8 @@ class Loader:
                 "%s: activation order or mixed settings: experts run one by one, not fused (same results, slower)",
                 site.name,
             )
-        self._put(site.name, (install.fuse_experts if fused else install.separate_experts)(linears, count))
+        read = install.fuse_experts if fused else install.separate_experts
+        self._put(site.name, read(linears, count, self._take))
 
     def _check_no_bias(self, form: LinearFormat) -> None:
         name = f"{form.name}.bias"
@@ -246,13 +262,18 @@ class Loader:
             self._claim(f"{name}.weight")
             if found is not None:
                 grid = install.read_grid(self.scales, record, *shape)
+                if record.scales == name:
+                    self._packed_bytes += math.prod(requantize.packed_shape(grid))
                 yield partial(self._requantized, name, module, record, grid, found)
 
     def _requantized(self, name: str, module: nn.Module, record: Requantized, grid: Grid, found: str) -> None:
         key = (record.tensor, record.scales, record.bits, record.sha256)
         if key not in self._packed:
-            packed = install.requantized_bytes(self.inventory.shard(found), found, grid, record)
-            self._packed[key] = self._arena.place(packed.to(self.device))
+            shard = self.inventory.shard(found)
+            packed = install.requantized_bytes(shard, found, grid, self._take)
+            assert self._checks is not None
+            self._checks.packed(f"{shard.path}: {found}", packed, record)
+            self._packed[key] = packed.to(self.device)
         packed = self._packed[key]
         if isinstance(module, nn.Linear):
             self._put(name, install.requantized_linear(packed, module, record, grid.perm))

@@ -1,7 +1,7 @@
 """Names of tensors: as the model has them, and as the files of its family have them.
 
 transformers 5 fuses routed experts and moves some parameters on load; files, and every other tool, keep the names of
-the original releases. The renaming is transformers' own, asked for one parameter at a time.
+the original releases. The renaming is transformers' own.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ def disk_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Name on disk of each parameter or buffer (fused experts apart, see :func:`expert_name`)."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    probe = torch.empty(0, device="meta")
-    result = {}
-    for name in names:
-        renamed = list(revert_weight_conversion(model, {name: probe}))
-        assert len(renamed) == 1, f"{name}: expected one name on disk, got {renamed}"
-        result[name] = renamed[0]
+    names = list(names)
+    if not names:
+        return {}
+    # all at once, because the renaming is worked out anew in each call; the size of a probe tells where it came from
+    probes = {name: torch.empty(i, device="meta") for i, name in enumerate(names)}
+    renamed = revert_weight_conversion(model, probes)
+    result = {names[probe.shape[0]]: disk for disk, probe in renamed.items()}
+    assert len(renamed) == len(result) == len(names), f"expected one name on disk each, got {renamed.keys()}"
     return result
 
 

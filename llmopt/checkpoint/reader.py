@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import torch
 
 from llmopt.checkpoint import skeleton
+from llmopt.checkpoint.hashes import HashChecks
 from llmopt.checkpoint.loader import Loader
-from llmopt.checkpoint.manifest import MANIFEST, SCALES, FileRecord, Manifest, read_manifest
+from llmopt.checkpoint.manifest import MANIFEST, SCALES, Manifest, read_manifest
 from llmopt.checkpoint.quant_config import read_settings
 from llmopt.checkpoint.safety import CheckpointFiles, contained, has, open_checkpoint
 from llmopt.checkpoint.shard_reader import Shard
 from llmopt.errors import CheckpointError, InputError
 from llmopt.models.base import FLOAT_DTYPES
-
-_HASH_BLOCK = 2**22
 
 
 @torch.no_grad()
@@ -106,10 +104,11 @@ def _load(
         dtype=dtype if manifest is not None else dtype or stated, device=device,
     )  # fmt: skip
     jobs = loader.plan()
-    if manifest is not None and verify:
-        _verify(files, manifest, scales)
-    skeleton.fill_computed_buffers(resolved, device)
-    loader.run(jobs)
+    with HashChecks() as checks:
+        if manifest is not None and verify:
+            _verify(files, manifest, scales, checks)
+        skeleton.fill_computed_buffers(resolved, device)
+        loader.run(jobs, checks)
     return resolved.model
 
 
@@ -119,22 +118,10 @@ def _open_scales(files: CheckpointFiles, manifest: Manifest | None) -> Shard | N
     return Shard(contained(files.directory, SCALES))
 
 
-def _verify(files: CheckpointFiles, manifest: Manifest, scales: Shard | None) -> None:
+def _verify(files: CheckpointFiles, manifest: Manifest, scales: Shard | None, checks: HashChecks) -> None:
     shards = [*files.shards, *([scales] if scales is not None else [])]
     recorded = {contained(files.directory, name): record for name, record in manifest.weights.items()}
     for shard in shards:
         if shard.path not in recorded:
             raise CheckpointError(f"{files.directory / MANIFEST}: weights: {shard.path.name}: not recorded")
-        _verify_file(shard.path, recorded[shard.path])
-
-
-def _verify_file(path: Path, record: FileRecord) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != record.sha256:
-        raise CheckpointError(
-            f"{path}: expected sha256 {record.sha256[:12]}... ({MANIFEST}), got {digest.hexdigest()[:12]}...: "
-            "the file was damaged or changed after it was saved"
-        )
+        checks.file(shard.path, recorded[shard.path])

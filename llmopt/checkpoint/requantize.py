@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from llmopt.ops.int4_linear import layout
+from llmopt.ops.packed_tiles import packed_nearest
 from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantLinear
 
 _BLOCK_WEIGHTS = 2**21
+ReadRows = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +57,46 @@ def grid_of(module: QuantLinear | QuantEmbedding) -> Grid:
     return Grid(torch.cat(scales), all_zeros, perm, n, k, module.bits, group)
 
 
-def pack_rows(read_rows: Callable[[int, int], torch.Tensor], grid: Grid) -> Iterator[tuple[slice, torch.Tensor]]:
+def packed_shape(grid: Grid) -> tuple[int, int]:
+    """Of the packed weight."""
+    return layout.packed_shape(
+        grid.out_features, grid.in_features, grid.kernel_group, bits=grid.bits, asymmetric=grid.zeros is not None
+    )
+
+
+def pack_rows(read_rows: ReadRows, grid: Grid, out: torch.Tensor) -> None:
     """Quantize to the nearest codes, block by block.
 
     Args:
         read_rows: gives rows ``start:stop`` of the weight, ``[stop - start, K]`` of any float dtype.
         grid: scales and zeros.
+        out: written.
 
-    Yields:
-        ``(tiles, packed[tiles])``.
+    Raises:
+        InputError: a weight is NaN or Inf.
     """
     for tiles in _tile_blocks(grid.out_features, grid.in_features):
-        rows = slice(tiles.start * layout.TILE_ROWS, min(tiles.stop * layout.TILE_ROWS, grid.out_features))
-        weight = read_rows(rows.start, rows.stop).cpu().float()
-        if grid.perm is not None:
-            weight = weight[:, grid.perm]
-        scales = grid.scales[rows]
-        zeros = None if grid.zeros is None else grid.zeros[rows]
-        zero = 2.0 ** (grid.bits - 1) if zeros is None else _columns(zeros.float(), grid)
-        q = (weight / _columns(scales.float(), grid)).add_(zero).round_().clamp_(0, 2**grid.bits - 1)
-        yield tiles, layout.pack(q.to(torch.uint8), scales, zeros, group_size=grid.kernel_group, bits=grid.bits)
+        _pack_block(read_rows, grid, tiles, out[tiles])
 
 
-def reproduces(read_rows: Callable[[int, int], torch.Tensor], grid: Grid, packed: torch.Tensor) -> bool:
+def reproduces(read_rows: ReadRows, grid: Grid, packed: torch.Tensor) -> bool:
     """True when the packed bytes come back from these weights."""
-    return all(torch.equal(block, packed[tiles].cpu()) for tiles, block in pack_rows(read_rows, grid))
+    for tiles in _tile_blocks(grid.out_features, grid.in_features):
+        expected = packed[tiles].cpu()
+        block = torch.empty_like(expected)
+        _pack_block(read_rows, grid, tiles, block)
+        if not torch.equal(block, expected):
+            return False
+    return True
+
+
+def _pack_block(read_rows: ReadRows, grid: Grid, tiles: slice, out: torch.Tensor) -> None:
+    rows = slice(tiles.start * layout.TILE_ROWS, min(tiles.stop * layout.TILE_ROWS, grid.out_features))
+    weight = read_rows(rows.start, rows.stop).cpu()
+    if grid.perm is not None:
+        weight = weight[:, grid.perm]
+    zeros = None if grid.zeros is None else grid.zeros[rows]
+    packed_nearest(weight, grid.scales[rows], zeros, out, group_size=grid.kernel_group, bits=grid.bits)
 
 
 def dequantized_rows(module: QuantLinear | QuantEmbedding, grid: Grid, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -97,10 +114,6 @@ def dequantized_rows(module: QuantLinear | QuantEmbedding, grid: Grid, dtype: to
 def sha256(packed: torch.Tensor) -> str:
     """Hash of a packed buffer's bytes."""
     return hashlib.sha256(packed.detach().cpu().contiguous().numpy().data).hexdigest()
-
-
-def _columns(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return x.repeat_interleave(grid.kernel_group, -1)[:, : grid.in_features]
 
 
 def _tile_blocks(out_features: int, in_features: int) -> Iterator[slice]:

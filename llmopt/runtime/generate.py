@@ -72,7 +72,8 @@ class Generation:
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
         sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        model_kwargs["past_key_values"] = self._take_cache(sequences, max_cache_length + 1)
+        # transformers leaves out the last token; a step wants a slot for it, and one more
+        model_kwargs["past_key_values"] = self._take_cache(sequences, max_cache_length + 2)
         return None
 
     def _take_cache(self, sequences: int, capacity: int) -> KVCache:
