@@ -6,6 +6,7 @@ The library is optional: without a compiler llmopt installs and runs on PyTorch,
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def library() -> Any:
             "the compiled kernels are not part of this installation (no C++ compiler when it was installed); "
             "install g++ and cmake, then reinstall llmopt"
         )
-    import torch  # noqa: F401  torch first: kernels then share its libgomp, and so its threads
+    import torch  # torch first: kernels then share its libgomp, and so its threads
     import tvm_ffi
 
     try:
@@ -49,6 +50,10 @@ def library() -> Any:
     isa = env.forced_isa()
     if isa is not None:
         module.force_isa(isa)
+    if hasattr(os, "register_at_fork"):
+        # libgomp does not survive a fork: torch's loops and products would wait for threads that stayed in the parent, and
+        # with them every generate. Our kernels see to themselves (kernels/cpu/threads.h).
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     return module
 
 

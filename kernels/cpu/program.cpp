@@ -1,6 +1,7 @@
 // record_begin(), record_end() -> Function run(times): see program.h.
 #include "program.h"
 
+#include <pthread.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -36,6 +37,15 @@ std::mutex& turn() {
   static std::mutex mutex;
   return mutex;
 }
+
+// A fork waits for the program that runs, so that the child finds the turn free and what a step writes complete.
+void before_fork() { turn().lock(); }
+void after_fork() { turn().unlock(); }
+void after_fork_in_child() {
+  turn().unlock();
+  pool_lost = true;
+}
+[[maybe_unused]] const int fork_handlers = pthread_atfork(before_fork, after_fork, after_fork_in_child);
 
 void record_begin() {
   if (current) TVM_FFI_THROW(RuntimeError) << "record_begin: this thread is recording already";

@@ -69,7 +69,7 @@ struct Team {
 // Calls work(team) on `threads` threads. Work must not throw.
 template <class Work>
 void run_team(int threads, const Work& work) {
-  if (threads <= 1) return work(Team{0, 1, nullptr});
+  if (threads <= 1 || pool_lost) return work(Team{0, 1, nullptr});
   Barrier barrier(threads);
 #pragma omp parallel num_threads(threads)
   {
