@@ -43,8 +43,9 @@ struct Tiles {
     const int64_t left = weight.cols - group * weight.group;
     return left < weight.group ? left : weight.group;
   }
+  // the first plane's vectors of a group; an 8-bit weight's second plane lies weight.plane_bytes() behind
   uint8_t* vectors(int64_t tile, int64_t group) const {
-    return out + tile * weight.tile_bytes() + weight.header_bytes() + group * weight.group * 2 * weight.bits;
+    return out + tile * weight.tile_bytes() + weight.header_bytes() + group * weight.group * 8;
   }
 
   // scales and zeros of a tile; those of rows that are padding are 0
@@ -70,15 +71,24 @@ struct Tiles {
     }
   }
 
+  // one row's part of a vector: eight codes, as two quads of bytes
+  void write_quads(uint8_t* to, uint32_t quad, uint32_t next) const {
+    constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
+    const bool whole = weight.bits == 4;
+    const uint32_t first = whole ? quad | next << 4 : (quad >> 4 & kLow) | (next & kHigh);
+    const uint32_t second = (quad & kLow) | (next << 4 & kHigh);
+    std::memcpy(to, &first, 4);
+    if (!whole) std::memcpy(to + weight.plane_bytes(), &second, 4);
+  }
+
   void write_block(const Block& block, int64_t tile, int64_t group) const {
     uint8_t* to = vectors(tile, group);
-    for (int64_t k = 0; k < weight.group; k += weight.bits == 4 ? 8 : 4)
+    for (int64_t k = 0; k < weight.group; k += 8)
       for (int r = 0; r < kRows; ++r, to += 4) {
-        uint32_t quad, high = 0;
+        uint32_t quad, next;
         std::memcpy(&quad, block.q[r] + k, 4);
-        if (weight.bits == 4) std::memcpy(&high, block.q[r] + k + 4, 4);
-        quad |= high << 4;
-        std::memcpy(to, &quad, 4);
+        std::memcpy(&next, block.q[r] + k + 4, 4);
+        write_quads(to, quad, next);
       }
   }
 };
@@ -99,12 +109,10 @@ void pack_words(const Tiles& t, const uint32_t* words, int64_t stride, int64_t t
     const int64_t cols = t.real_cols(g);
     if (rows == kRows && cols == t.weight.group) {
       uint8_t* to = t.vectors(tile, g);
-      for (int64_t k = 0; k < cols; k += per_word, from += stride, to += 64) {
-        uint32_t vector[kRows];
+      for (int64_t k = 0; k < cols; k += 8, from += 8 / per_word * stride, to += 64)
         for (int r = 0; r < kRows; ++r)
-          vector[r] = bits == 8 ? from[r] : spread(from[r] & 0xffffu) | spread(from[r] >> 16) << 4;
-        std::memcpy(to, vector, 64);
-      }
+          bits == 8 ? t.write_quads(to + 4 * r, from[r], from[stride + r])
+                    : t.write_quads(to + 4 * r, spread(from[r] & 0xffffu), spread(from[r] >> 16));
       continue;
     }
     Block block;
