@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from llmopt.loop import optimize
     from llmopt.measure.comparison import Comparison
     from llmopt.measure.report import Report
+    from llmopt.threads import get_num_threads, set_num_threads
     from llmopt.verbs import compare, load, report, restore, save
 
-__all__ = ["Comparison", "Report", "compare", "errors", "load", "optimize", "report", "restore", "save"]
+__all__ = [
+    "Comparison", "Report", "compare", "errors", "get_num_threads", "load", "optimize", "report", "restore", "save",
+    "set_num_threads",
+]  # fmt: skip
 
 _HOME = dict.fromkeys(("compare", "load", "report", "restore", "save"), "llmopt.verbs")
+_HOME |= dict.fromkeys(("get_num_threads", "set_num_threads"), "llmopt.threads")
 _HOME |= {"optimize": "llmopt.loop", "Report": "llmopt.measure.report", "Comparison": "llmopt.measure.comparison"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from llmopt.errors import LlmoptError
 from llmopt.measure import environment, memory
 from llmopt.measure import format as fmt
+from llmopt.threads import usable_cores
 
 Status = Literal["ok", "off", "warn", "fail"]
 _EXTRAS = {
@@ -102,11 +104,14 @@ def _threads() -> Check:
     import torch
 
     threads, cores, limit = torch.get_num_threads(), environment.visible_cores(), environment.core_limit()
-    usable_cores = min(cores, limit) if limit is not None else cores
-    text = f"{threads} threads, {cores} cores visible" + (f", cgroup limit {limit:.2g} cores" if limit else "")
-    if threads > usable_cores:
-        wanted = max(1, int(usable_cores))
-        return Check("threads", "warn", text, f"more threads than cores is slow: OMP_NUM_THREADS={wanted}")
+    quota = "no cgroup limit" if limit is None else f"cgroup limit {limit:.2g} cores"
+    text = f"{threads} threads, {cores} of {os.cpu_count()} cores in the affinity mask, {quota}"
+    wanted = usable_cores()
+    advice = f"llmopt.set_num_threads() or OMP_NUM_THREADS={wanted}"
+    if threads > wanted:
+        return Check("threads", "warn", text, f"more threads than cores is slow: {advice}")
+    if threads < wanted:
+        return Check("threads", "warn", text, f"{wanted - threads} of the cores stay idle: {advice}")
     return Check("threads", "ok", text)
 
 

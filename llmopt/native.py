@@ -6,11 +6,10 @@ The library is optional: without a compiler llmopt installs and runs on PyTorch,
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
-from llmopt import env
+from llmopt import env, threads
 from llmopt.errors import NativeLibraryError
 
 _FILE = "libllmopt_kernels.so"
@@ -40,7 +39,7 @@ def library() -> Any:
             "the compiled kernels are not part of this installation (no C++ compiler when it was installed); "
             "install g++ and cmake, then reinstall llmopt"
         )
-    import torch  # torch first: kernels then share its libgomp, and so its threads
+    import torch  # noqa: F401  torch first: kernels then share its libgomp, and so its threads
     import tvm_ffi
 
     try:
@@ -50,10 +49,7 @@ def library() -> Any:
     isa = env.forced_isa()
     if isa is not None:
         module.force_isa(isa)
-    if hasattr(os, "register_at_fork"):
-        # libgomp does not survive a fork: torch's loops and products would wait for threads that stayed in the parent, and
-        # with them every generate. Our kernels see to themselves (kernels/cpu/threads.h).
-        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+    threads.one_in_forked_children()
     return module
 
 

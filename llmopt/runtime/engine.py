@@ -74,14 +74,16 @@ class Engine:
 
     def rope(self, positions: int) -> Rope:
         """Tables of at least this many positions."""
-        if self._rope is None or len(self._rope.cos) < positions:
+        rope = self._rope
+        if rope is None or len(rope.cos) < positions:
             rows = -(-positions // _ROPE_ROWS) * _ROPE_ROWS
             like = torch.empty(1, 1, 1)
             angles = self._rotary(like, torch.arange(rows)[None])
             # each angle twice, or once as a complex number
             cos, sin = (angles.real, angles.imag) if isinstance(angles, torch.Tensor) else (_half(x) for x in angles)
-            self._rope = Rope(cos[0].float().contiguous(), sin[0].float().contiguous(), self._interleaved)
-        return self._rope
+            rope = Rope(cos[0].float().contiguous(), sin[0].float().contiguous(), self._interleaved)
+            self._rope = rope  # not read again: another thread may have put a shorter one there
+        return rope
 
     def embed(self, ids: torch.Tensor, out: torch.Tensor) -> None:
         """``out[T, H] = table[ids]``."""

@@ -77,13 +77,16 @@ class Generation:
         return None
 
     def _take_cache(self, sequences: int, capacity: int) -> KVCache:
-        for index, step in enumerate(self._idle):
-            if step.cache.sequences == sequences and step.capacity >= capacity and step.fits(step.cache):
-                cache = step.cache
-                cache.reset()
-                cache.step = self._idle.pop(index)
-                return cache
-        return self._engine().new_cache(sequences, capacity, self._kv_dtype)
+        try:
+            step = self._idle.pop()  # callers in several threads: one of them gets it
+        except IndexError:
+            return self._engine().new_cache(sequences, capacity, self._kv_dtype)
+        cache = step.cache
+        if cache.sequences != sequences or step.capacity < capacity or not step.fits(cache):
+            return self._engine().new_cache(sequences, capacity, self._kv_dtype)
+        cache.reset()
+        cache.step = step
+        return cache
 
     # ---- the loop
 

@@ -52,7 +52,7 @@ class LatentBlock:
         if self.kv_b.bias is not None:
             raise UnsupportedModelError(f"{layer.name}: kv_b_proj has a bias")
         self._module = module
-        self._halves: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._halves: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def row_size(self) -> int:
@@ -61,13 +61,15 @@ class LatentBlock:
 
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W_UK and W_UV, made when first needed: at 8 bits of a quantized kv_b_proj, else in its own dtype."""
-        if self._halves is None:
+        if "both" not in self._halves:
             kv_b = self._module.kv_b_proj
             quantized = isinstance(kv_b, QuantLinear)
             dense = kv_b.dequantize() if quantized else kv_b.weight.detach()
             dtype = torch.uint8 if quantized else dense.dtype
-            self._halves = absorbed_weights(dense, heads=self.heads, nope=self.nope, dtype=dtype)
-        return self._halves
+            made = absorbed_weights(dense, heads=self.heads, nope=self.nope, dtype=dtype)
+            # programs hold addresses: of threads that make them at once, all go on with those of the first
+            self._halves.setdefault("both", made)
+        return self._halves["both"]
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += attention(norm(h))``, latents written to the cache."""
