@@ -31,6 +31,22 @@ inline F32x16 interleave_n(const uint16_t* even, int num_even, const uint16_t* o
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(num_odd), odd));
   return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
 }
+// two rows of pairs, as pairs of their even and of their odd elements: lane i of `even` is a[2i], b[2i]
+inline void pair_up(F32x16 a, F32x16 b, F32x16& even, F32x16& odd) {
+  const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
+  constexpr __mmask32 kHigh = 0xaaaaaaaa;
+  even = {_mm512_castsi512_ps(_mm512_mask_mov_epi16(x, kHigh, _mm512_slli_epi32(y, 16)))};
+  odd = {_mm512_castsi512_ps(_mm512_mask_mov_epi16(_mm512_srli_epi32(x, 16), kHigh, y))};
+}
+// the upper half of each float's bits, a bfloat16
+inline F32x16 upper_half(F32x16 a) {
+  return {_mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+// the upper half moved to the lower one, zeros above
+inline F32x16 lower_of_upper(F32x16 a) {
+  return {_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16))};
+}
 
 // 32 values rounded to nearest even
 inline void store_bf16(uint16_t* p, F32x16 low, F32x16 high) {

@@ -40,5 +40,10 @@ template <int kC, int kA, int kB>
 inline void tile_dot_s8() {
   __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
+// c[m][n] += sum over k of a[m][k] * b[k / 2][2 * n + k % 2], bfloat16 into float32
+template <int kC, int kA, int kB>
+inline void tile_dot_bf16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
 
 }  // namespace llmopt::amx

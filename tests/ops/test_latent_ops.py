@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +16,11 @@ from llmopt import native
 from llmopt.errors import InputError
 from llmopt.models import deepseek_v2, deepseek_v3
 from llmopt.ops.latent_attention import latent_attention
+from llmopt.ops.latent_attention.spec import SPEC as ATTENTION
 from llmopt.ops.latent_cache import absorbed_weights, expanded_attention, latent_cache, reference
 from llmopt.ops.latent_cache.spec import SPEC
 from llmopt.ops.latent_output import latent_output
+from llmopt.ops.spec import Case
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
@@ -203,6 +205,69 @@ def test_what_a_token_does_not_see_may_be_anything(isa: str) -> None:
     got = latent_attention(query, cache, seq=seq, slot=slot, scale=0.1, rank=64)
     assert torch.equal(got[0], expected[0])
     assert got[1:].isnan().all()
+
+
+@pytest.fixture(params=["amx", "dots"])
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One way of multiplying bfloat16, in force for the test."""
+    library = native.library()
+    try:
+        if request.param == "amx":
+            native.force_isa("amx")
+        else:
+            native.force_isa("avx512")
+            library.force_bf16_dots("on")
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        yield request.param
+    finally:
+        native.force_isa("auto")
+        library.force_bf16_dots("auto")
+
+
+def products_atol(products: str, cache: torch.Tensor) -> float:
+    """AMX keeps the rest of a weight; the dot products round it to bfloat16, by at most 2^-9 of it."""
+    return 2e-5 if products == "amx" else 2**-9 * float(cache.float().nan_to_num().abs().max())
+
+
+@pytest.mark.parametrize("case", [c for c in ATTENTION.cases if not c.real], ids=lambda c: c.name)
+def test_products_of_bf16_agree_with_the_reference(case: Any, products: str) -> None:
+    inputs = ATTENTION.make_inputs(Case(case.name, {**case.params, "dtype": torch.bfloat16}), 5)
+    expected = ATTENTION.reference(**inputs)
+    torch.testing.assert_close(
+        ATTENTION.run(**inputs), expected, rtol=1e-5, atol=products_atol(products, inputs["cache"])
+    )
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(64, 16), (64, 64), (512, 64), (37, 6)])
+def test_bf16_products_see_no_hidden_key(rank: int, rope: int, products: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    query, cache = (
+        torch.randn(*size, generator=g).bfloat16() for size in ((3, 20, rank + rope), (1, 400, rank + rope))
+    )
+    seq, slot = rows((0, 300, 3))
+    call = {"seq": seq, "slot": slot, "scale": 0.1, "rank": rank}
+    expected = latent_attention(query, cache, **call)
+    cache[0, 303:] = torch.nan
+    assert torch.equal(latent_attention(query, cache, **call), expected)
+    cache[0, 301:] = torch.nan
+    got = latent_attention(query, cache, **call)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=products_atol(products, cache))
+    assert got[1:].isnan().all()
+
+
+def test_bf16_products_do_not_depend_on_threads_or_company(products: str, threads: Callable[[int], None]) -> None:
+    g = torch.Generator().manual_seed(4)
+    query, cache = torch.randn(5, 20, 96, generator=g).bfloat16(), torch.randn(3, 1000, 96, generator=g).bfloat16()
+    seq, slot = rows((2, 64, 1), (0, 990, 3), (1, 5, 1))
+    parts = []
+    for count, pieces in ((1, [(0, 5)]), (3, [(0, 1), (1, 4), (4, 5)])):
+        threads(count)
+        parts.append(torch.cat([
+            latent_attention(query[a:b], cache, seq=seq[a:b], slot=slot[a:b], scale=0.1, rank=64) for a, b in pieces
+        ]))  # fmt: skip
+    assert torch.equal(*parts)
 
 
 def bad(**change: Any) -> dict[str, Any]:

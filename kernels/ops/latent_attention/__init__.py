@@ -2,6 +2,8 @@
 
 All heads share one latent "head": a row of the cache is the key, and its first R values are the value. The cache is read
 once for both; sixteen query heads lie side by side in the lanes, so that the work runs at the speed of the multiplications.
+In bfloat16 the products are of bfloat16 where the processor is fast at that: on AMX with each weight in two parts, as good as
+float32; with vdpbf16ps with weights rounded to bfloat16.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ struct LatentJob {
   float* partial;
 };
 
-// Floats of scratch one thread needs for a job of `rows` rows.
+// Where in one thread's scratch the float32 loops keep what they need for a job of `rows` rows.
 struct LatentLayout {
   int64_t groups;                // sixteens of rows
   int64_t blocks, value_blocks;  // sixteens of a key's and a value's dimensions
@@ -46,11 +46,16 @@ struct LatentLayout {
     stats = acc + groups * kLanes * value_blocks * 16;
     total = stats + 3 * groups * kLanes;
   }
-  // floats of a partial result: maximum, sum and the values of each row
-  int64_t partial_size(int64_t rows) const { return rows * (value_blocks * 16 + 2); }
+};
+
+// Floats for a job of so many rows: of one thread's scratch, and of a partial result (maximum, sum and values of each row).
+struct LatentSizes {
+  int64_t scratch, partial;
 };
 
 struct LatentKernels {
+  int64_t tile_keys, fewest_keys;  // jobs take multiples of the one, and at least the other where there are several
+  LatentSizes (*sizes)(const LatentParams& p, int64_t rows);
   void (*attend)(const LatentParams& p, const LatentJob& job, float* scratch);
   // output row `row` of the run from `count` partial results, `stride` floats apart, the first of them `job`
   void (*combine)(const LatentParams& p, const LatentJob& job, int64_t count, int64_t stride, int64_t row,
@@ -61,9 +66,15 @@ struct LatentKernels {
 const LatentKernels& latent_kernels_portable(int dtype);
 const LatentKernels& latent_kernels_avx2(int dtype);
 const LatentKernels& latent_kernels_avx512(int dtype);
+// of bfloat16 alone, with products of bfloat16 (latent_pairs_kernel.h)
+const LatentKernels& latent_kernels_bf16_dots();
+const LatentKernels& latent_kernels_amx();
 
 inline const LatentKernels& latent_kernels(Isa isa, int dtype) {
 #ifdef LLMOPT_X86
+  constexpr int kBf16 = 1;
+  if (isa == Isa::kAmx && dtype == kBf16) return latent_kernels_amx();
+  if (isa == Isa::kAvx512 && dtype == kBf16 && fast_bf16_dots()) return latent_kernels_bf16_dots();
   if (isa >= Isa::kAvx512) return latent_kernels_avx512(dtype);
   if (isa == Isa::kAvx2) return latent_kernels_avx2(dtype);
 #else

@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "../attention/attention_math.h"
-#include "latent_attention.h"
+#include "latent_rows_kernel.h"
 
 namespace llmopt::LLMOPT_ISA {
 
@@ -92,11 +92,10 @@ template <int R, int V>
 }
 
 template <int kDType>
-class LatentAttention {
+class LatentAttention : LatentRows<kDType> {
  public:
   LatentAttention(const LatentParams& params, const LatentJob& job, float* scratch)
-      : p_(params), job_(job), layout_(params, job.row_end - job.row_begin), rows_(job.row_end - job.row_begin),
-        width_(layout_.value_blocks * 16) {
+      : Rows(params, job), layout_(params, rows_), width_(layout_.value_blocks * 16) {
     query_ = scratch + layout_.query;
     tile_ = scratch + layout_.tile;
     scores_ = scratch + layout_.scores;
@@ -119,27 +118,13 @@ class LatentAttention {
 
   // see LatentKernels::combine
   void combine(int64_t count, int64_t stride, int64_t row) {
-    const int64_t r = row - job_.row_begin;
-    const auto part = [&](int64_t i) { return job_.partial + i * stride; };
-    float top = kMasked, sum = 0.0f;
-    for (int64_t i = 0; i < count; ++i) top = std::max(top, part(i)[r]);
-    const float base = top == kMasked ? 0.0f : top;
-    for (int64_t d = 0; d < width_; d += 16) store(acc_ + d, zero_f32());
-    for (int64_t i = 0; i < count; ++i) {
-      // a part in which the row saw nothing
-      if (part(i)[r] == kMasked) continue;
-      const float weight = exp2_weight(part(i)[r] - base);
-      sum += weight * part(i)[rows_ + r];
-      const float* in = part(i) + 2 * rows_ + r * width_;
-      for (int64_t d = 0; d < width_; d += 16) store(acc_ + d, fmadd(set1(weight), load(in + d), load(acc_ + d)));
-    }
+    const float sum = this->add_parts(count, stride, row, width_, acc_);
     write(row, acc_, sum);
   }
 
  private:
-  const void* key_at(int64_t key) const { return element<kDType>(p_.cache, job_.seq * p_.seq_stride + key * p_.dim); }
-  // one past the last key that row r of the job may see
-  int64_t high_of(int64_t r) const { return job_.slot + (job_.row_begin + r) / p_.heads + 1; }
+  using Rows = LatentRows<kDType>;
+  using Rows::p_, Rows::job_, Rows::rows_, Rows::key_at, Rows::high_of;
 
   // sixteen queries into the lanes, in units of log2
   void start(int64_t g) {
@@ -209,9 +194,7 @@ class LatentAttention {
 
   void finish(int64_t r) {
     if (!job_.partial) return write(job_.row_begin + r, acc_ + r * width_, sum_[r]);
-    job_.partial[r] = max_[r];
-    job_.partial[rows_ + r] = sum_[r];
-    std::memcpy(job_.partial + 2 * rows_ + r * width_, acc_ + r * width_, static_cast<size_t>(width_) * sizeof(float));
+    this->keep_part(r, max_[r], sum_[r], acc_ + r * width_, width_);
   }
 
   void write(int64_t row, float* o, float sum) {
@@ -219,22 +202,22 @@ class LatentAttention {
       restore_order(o, p_.rank, tile_);
       o = tile_;
     }
-    const F32x16 inverse = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
-    float* out = p_.out + (job_.token * p_.heads + row) * p_.rank;
-    for (int64_t d = 0; d < p_.rank; d += 16)
-      store_n(out + d, mul(load(o + d), inverse), static_cast<int>(std::min<int64_t>(16, p_.rank - d)));
+    this->write_row(row, o, sum);
   }
 
-  const LatentParams& p_;
-  const LatentJob& job_;
   const LatentLayout layout_;
-  const int64_t rows_, width_;
+  const int64_t width_;
   float *query_, *tile_, *scores_, *acc_, *max_, *sum_, *keep_;
 };
 
 template <int kDType>
 const LatentKernels& latent_kernels_of() {
   static const LatentKernels kernels = {
+      kLatentTile, 64,
+      [](const LatentParams& p, int64_t rows) {
+        const LatentLayout layout(p, rows);
+        return LatentSizes{layout.total, rows * (layout.value_blocks * 16 + 2)};
+      },
       [](const LatentParams& p, const LatentJob& job, float* scratch) {
         LatentAttention<kDType>(p, job, scratch).run();
       },

@@ -15,8 +15,8 @@ namespace {
 
 // most rows of one job: their queries and values stay in L2
 constexpr int64_t kMostRows = 128;
-// fewest keys of one job, and most parts that the keys are cut into
-constexpr int64_t kFewestKeys = 64, kMostSplits = 16;
+// most parts that the keys are cut into
+constexpr int64_t kMostSplits = 16;
 
 struct Given {
   LatentParams params;
@@ -38,17 +38,17 @@ struct Run {
 int64_t ceil_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // The cut follows from the run alone: any number of threads gives the same bits, and so does any company in the batch.
-void cut(int64_t heads, Run& run) {
+void cut(int64_t heads, const LatentKernels& kernels, Run& run) {
   const int64_t rows = run.count * heads, keys = run.slot + run.count - run.start;
   run.num_tiles = (rows + kMostRows - 1) / kMostRows;
   run.tile_rows = std::min(rows, ceil_to((rows + run.num_tiles - 1) / run.num_tiles, kLanes));
   run.num_tiles = (rows + run.tile_rows - 1) / run.tile_rows;
-  const int64_t splits = std::clamp<int64_t>(keys / kFewestKeys, 1, kMostSplits);
-  run.split_keys = ceil_to((keys + splits - 1) / splits, kLatentTile);
+  const int64_t splits = std::clamp<int64_t>(keys / kernels.fewest_keys, 1, kMostSplits);
+  run.split_keys = ceil_to((keys + splits - 1) / splits, kernels.tile_keys);
   run.num_splits = (keys + run.split_keys - 1) / run.split_keys;
 }
 
-void find_runs(const Given& g, std::vector<Run>& runs) {
+void find_runs(const Given& g, const LatentKernels& kernels, std::vector<Run>& runs) {
   runs.clear();
   for (int64_t t = 0; t < g.tokens; ++t) {
     const int64_t seq = g.rows.seq[t], slot = g.rows.slot[t];
@@ -60,13 +60,14 @@ void find_runs(const Given& g, std::vector<Run>& runs) {
   }
   int64_t jobs = 0;
   for (Run& run : runs) {
-    cut(g.params.heads, run);
+    cut(g.params.heads, kernels, run);
     run.first_job = jobs;
     jobs += run.jobs();
   }
 }
 
 struct Shared {
+  const LatentKernels* kernels = nullptr;
   Scratch partials;
   int64_t stride = 0;  // floats between partial results
   std::vector<Run> runs;
@@ -90,12 +91,13 @@ LatentJob job_at(const Given& g, const Run& run, int64_t index, Shared& shared) 
 }
 
 void plan(const Given& g, Shared& shared) {
-  find_runs(g, shared.runs);
+  shared.kernels = &latent_kernels(active_isa(), g.dtype);
+  find_runs(g, *shared.kernels, shared.runs);
   shared.stride = shared.scratch = 0;
   for (const Run& run : shared.runs) {
-    const LatentLayout layout(g.params, run.tile_rows);
-    shared.scratch = std::max(shared.scratch, layout.total);
-    if (run.num_splits > 1) shared.stride = std::max(shared.stride, layout.partial_size(run.tile_rows));
+    const LatentSizes sizes = shared.kernels->sizes(g.params, run.tile_rows);
+    shared.scratch = std::max(shared.scratch, sizes.scratch);
+    if (run.num_splits > 1) shared.stride = std::max(shared.stride, sizes.partial);
   }
   shared.jobs = shared.runs.back().first_job + shared.runs.back().jobs();
   shared.next = 0;
@@ -106,7 +108,7 @@ void attend(const Given& g, Shared& shared, float* scratch, int64_t index) {
   const auto after = [](int64_t i, const Run& run) { return i < run.first_job; };
   const Run& run = *(std::upper_bound(shared.runs.begin(), shared.runs.end(), index, after) - 1);
   const LatentJob job = job_at(g, run, index - run.first_job, shared);
-  latent_kernels(active_isa(), g.dtype).attend(g.params, job, scratch);
+  shared.kernels->attend(g.params, job, scratch);
 }
 
 void combine(const Given& g, Shared& shared, float* scratch, const Team& team) {
@@ -115,7 +117,7 @@ void combine(const Given& g, Shared& shared, float* scratch, const Team& team) {
     const Share mine = team.share(run.count * g.params.heads);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const LatentJob job = job_at(g, run, row / run.tile_rows * run.num_splits, shared);
-      latent_kernels(active_isa(), g.dtype).combine(g.params, job, run.num_splits, shared.stride, row, scratch);
+      shared.kernels->combine(g.params, job, run.num_splits, shared.stride, row, scratch);
     }
   }
 }
