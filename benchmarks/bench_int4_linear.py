@@ -27,8 +27,8 @@ from llmopt.measure.ceilings import CeilingMeter
 from llmopt.models import resolve_model, shapes
 from llmopt.ops.int4_linear import int4_linear
 from llmopt.ops.int8_linear import int8_linear
+from llmopt.packed import QuantLinear
 from llmopt.passes.quantize_gptq.direct import build_quantized
-from llmopt.passes.quantize_gptq.linear import QuantLinear
 
 MANY_ROWS = 512
 STEPS = 4

@@ -49,9 +49,9 @@ from llmopt.checkpoint.names import expert_name, expert_projections, fused_names
 from llmopt.measure import environment
 from llmopt.models import resolve_model
 from llmopt.models.base import ExpertsSite, ResolvedModel
+from llmopt.packed import QuantExperts, QuantLinear
 from llmopt.passes.base import Applied, PassContext
 from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate
-from llmopt.passes.quantize_gptq.linear import QuantExperts, QuantLinear
 from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
 from llmopt.passes.quantize_gptq.solver import Solution
 from llmopt.stages import EAGER, Stages

@@ -22,9 +22,9 @@ from llmopt.model_state import is_optimized, state_of
 from llmopt.models import resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.validate import check_runnable
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes.base import Event
 from llmopt.passes.quantize_gptq import calibrate
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
 
 _BUDGET_S = 12.0  # of timing, a model
 _QUALITY_ROWS = 32

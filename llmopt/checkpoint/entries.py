@@ -20,7 +20,7 @@ from llmopt.checkpoint.shard_writer import Entry, whole
 from llmopt.errors import InputError, ModelStateError
 from llmopt.models.base import ModelFamily
 from llmopt.ops.int4_linear import layout
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 
 _DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32}
 _FIELDS = tuple(_DTYPES)

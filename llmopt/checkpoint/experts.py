@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from llmopt.passes.quantize_gptq.linear import QuantLinear
+from llmopt.packed import QuantLinear
 
 
 class ExpertLinears(nn.Module):

@@ -13,7 +13,7 @@ from llmopt.checkpoint.shard_reader import Shard
 from llmopt.errors import CheckpointError, InputError
 from llmopt.ops.int4_linear import layout
 from llmopt.ops.packed_tiles import packed_words
-from llmopt.passes.quantize_gptq.linear import kernel_group_size, spread_scales
+from llmopt.packed import kernel_group_size, spread_scales
 
 # a scale that float16 holds less exactly than bfloat16 would is too small for it
 _SCALE_TOLERANCE = 2.0**-8

@@ -13,7 +13,7 @@ from llmopt.checkpoint.gptq_source import GptqSource, pack_together
 from llmopt.checkpoint.manifest import Requantized
 from llmopt.checkpoint.shard_reader import Shard
 from llmopt.errors import CheckpointError, InputError
-from llmopt.passes.quantize_gptq.linear import QuantExperts, QuantLinear, kernel_group_size
+from llmopt.packed import QuantExperts, QuantLinear, kernel_group_size
 
 _BLOCK_VALUES = 2**21
 Take = Callable[[tuple[int, ...]], torch.Tensor]  # uint8 memory of a shape, for packed weights

@@ -26,7 +26,7 @@ from llmopt.checkpoint.shard_reader import Shard
 from llmopt.checkpoint.skeleton import DTYPE_NAMES
 from llmopt.errors import CheckpointError
 from llmopt.models.base import ExpertsSite, ResolvedModel
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding
+from llmopt.packed import QuantEmbedding
 
 _log = logging.getLogger("llmopt")
 # computed, and stored all the same by old versions of transformers

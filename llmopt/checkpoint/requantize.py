@@ -16,7 +16,7 @@ import torch
 
 from llmopt.ops.int4_linear import layout
 from llmopt.ops.packed_tiles import packed_nearest
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantLinear
+from llmopt.packed import QuantEmbedding, QuantLinear
 
 _BLOCK_WEIGHTS = 2**21
 ReadRows = Callable[[int, int], torch.Tensor]

@@ -19,7 +19,7 @@ from llmopt.ops.int8_linear import int8_linear
 from llmopt.ops.latent_attention import latent_attention
 from llmopt.ops.latent_cache import absorbed_weights, expanded_attention, latent_cache
 from llmopt.ops.latent_output import latent_output
-from llmopt.passes.quantize_gptq.linear import QuantLinear
+from llmopt.packed import QuantLinear
 from llmopt.runtime.blocks import Context
 from llmopt.runtime.linear import linears
 from llmopt.runtime.weights import norm_of, weight_of

@@ -11,7 +11,7 @@ from torch.nn import functional
 from llmopt.errors import UnsupportedModelError
 from llmopt.models.base import ModelFamily, MoeSpec, ResolvedLayer
 from llmopt.ops.moe import Routing, SharedExperts, moe
-from llmopt.passes.quantize_gptq.linear import QuantExperts
+from llmopt.packed import QuantExperts
 from llmopt.runtime.blocks import Context, gated_weights
 from llmopt.runtime.weights import norm_of
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.ops.fused_linear import Weight
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantLinear
+from llmopt.packed import QuantEmbedding, QuantLinear
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,7 +17,7 @@ from llmopt.errors import CheckpointError
 from llmopt.models import FAMILIES, family_for, resolve_model
 from llmopt.models.base import LinearSite, ResolvedModel
 from llmopt.ops.int4_linear import layout
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
 from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
 
 MODEL_TYPES = [family.model_type for family in FAMILIES]

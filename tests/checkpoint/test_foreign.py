@@ -13,12 +13,12 @@ from checkpoint_tools import MODEL_TYPES, MOE_TYPES, AutoGptq, edit_config, edit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmopt import packed
 from llmopt.checkpoint import load, recorded_passes, save
 from llmopt.checkpoint.experts import ExpertLinears
 from llmopt.errors import CheckpointError
 from llmopt.models import family_for, resolve_model
-from llmopt.passes.quantize_gptq import linear
-from llmopt.passes.quantize_gptq.linear import QuantExperts, QuantLinear
+from llmopt.packed import QuantExperts, QuantLinear
 
 
 def weight_of(model: Any, name: str) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_every_family(
         assert loaded.state_dict()[name].dtype == tensor.dtype, name
     assert torch.isfinite(logits(loaded)).all()
     # without the kernels, which round activations, float layers with the same weights give the same outputs
-    monkeypatch.setattr(linear, "uses_kernels", lambda x: False)
+    monkeypatch.setattr(packed, "uses_kernels", lambda x: False)
     torch.testing.assert_close(logits(loaded), logits(dequantized(plain, written)), rtol=1e-4, atol=1e-4)
     assert recorded_passes(tmp_path / "in") == {}
 

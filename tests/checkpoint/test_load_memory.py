@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from llmopt.checkpoint import save
 from llmopt.models import family_for, resolve_model
 from llmopt.ops.int4_linear import layout
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes.quantize_gptq.rounding import Grid
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -19,8 +19,8 @@ from llmopt.checkpoint.quant_config import FORMATS
 from llmopt.errors import InputError, ModelStateError
 from llmopt.measure.report import PassRow, Report
 from llmopt.models import resolve_model
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes import QuantizeGptq
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes.quantize_gptq.rounding import Grid
 
 

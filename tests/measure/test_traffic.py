@@ -11,9 +11,9 @@ from llmopt.checkpoint.experts import ExpertLinears
 from llmopt.measure import traffic
 from llmopt.measure.report import Ceilings, Interval, Timing
 from llmopt.models import FAMILIES, resolve_model
+from llmopt.packed import QuantLinear
 from llmopt.passes import QuantizeGptq
 from llmopt.passes.base import PassContext
-from llmopt.passes.quantize_gptq.linear import QuantLinear
 
 FAMILY_NAMES = [f.model_type for f in FAMILIES]
 MOE_NAMES = [f.model_type for f in FAMILIES if f.moe]

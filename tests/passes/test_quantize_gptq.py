@@ -20,10 +20,10 @@ from llmopt.models import FAMILIES, resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.shapes import build
 from llmopt.ops.int4_linear import layout
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes import quantize_gptq
 from llmopt.passes.base import Applied, PassContext
 from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate, experts, linear, sequential, solver
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
 from llmopt.passes.quantize_gptq.solver import Solution, solve
 

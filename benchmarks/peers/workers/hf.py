@@ -21,10 +21,10 @@ import llmopt
 from benchmarks.peers.workers import serve
 from llmopt import loop
 from llmopt.models import resolve_model, shapes
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes import choose
 from llmopt.passes.quantize_gptq import QuantizeGptq
 from llmopt.passes.quantize_gptq.direct import build_quantized
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.stages import EAGER, STOCK, Stages
 
 SMALL = "small"

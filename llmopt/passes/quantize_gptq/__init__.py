@@ -19,10 +19,10 @@ from llmopt import native
 from llmopt.arena import arena_for
 from llmopt.errors import InputError
 from llmopt.models.base import LinearSite, ResolvedLayer, ResolvedModel
+from llmopt.packed import QuantEmbedding, QuantLinear, kernel_group_size
 from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
 from llmopt.passes.quantize_gptq import sequential
 from llmopt.passes.quantize_gptq.experts import ExpertsResult, solve_experts
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantLinear, kernel_group_size
 from llmopt.passes.quantize_gptq.rounding import Grid, check_weight, round_to_nearest
 from llmopt.passes.quantize_gptq.solver import Solution, solve
 

@@ -16,8 +16,8 @@ from llmopt.arena import WeightArena, arena_for
 from llmopt.models import resolve_model, shapes
 from llmopt.models.base import ExpertsSite
 from llmopt.ops.int4_linear import layout
+from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
 from llmopt.passes.base import Applied, Coverage, Patch
-from llmopt.passes.quantize_gptq.linear import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
 
 # prime, so that no two rows of a weight are equal
 _BLOCK_BYTES = 2**22 - 3

@@ -12,7 +12,7 @@ from torch import nn
 
 from llmopt.models.base import ExpertsSite
 from llmopt.ops.int4_linear import layout
-from llmopt.passes.quantize_gptq.linear import QuantExperts, kernel_group_size, spread_scales
+from llmopt.packed import QuantExperts, kernel_group_size, spread_scales
 from llmopt.passes.quantize_gptq.rounding import Grid
 from llmopt.passes.quantize_gptq.sequential import RoutedTokens
 from llmopt.passes.quantize_gptq.solver import Solution, solve
