@@ -35,10 +35,10 @@ from transformers.utils import logging
 
 from llmopt.measure import environment, quality
 from llmopt.models import resolve_model
+from llmopt.packed import QuantExperts, QuantLinear
 from llmopt.passes.base import PassContext
 from llmopt.passes.fuse_kernels import FuseKernels
 from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate
-from llmopt.packed import QuantExperts, QuantLinear
 from llmopt.stages import EAGER, Stages
 
 ROOT = Path(__file__).resolve().parent.parent
