@@ -2,7 +2,7 @@
 
     python benchmarks/activation_quality.py                        # formats of activations, for groups of 128
     python benchmarks/activation_quality.py --sites                # which linears the loss comes from
-    python benchmarks/activation_quality.py --out benchmarks/results
+    python benchmarks/activation_quality.py --out FILE.md
 
 The weights are those of quantize_gptq with its default options (8-bit head and embedding). Everything runs in float32:
 the same packed weights, dequantized, and between them only the rounding of what the linears read. So W4A16 here has
@@ -195,7 +195,9 @@ def main() -> None:
             lines.append(f"| {name} | {label} | {kl:.6f} | {kl / base:.3f} |")
             print(lines[-1], flush=True)
     if arguments.out:
-        head = f"# What 8-bit activations add\n\n{environment.summary()}\n\n    python {shlex.join(sys.argv)}\n\n"
+        seen = environment.capture()
+        where = f"{seen['cpu']['model']}, {seen['threads']} threads, kernels {seen['kernels']['isa']}"
+        head = f"# What 8-bit activations add\n\n{where}\n\n    python {shlex.join(sys.argv)}\n\n"
         arguments.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from llmopt.ops.int4_linear import layout
 from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes import quantize_gptq
 from llmopt.passes.base import Applied, PassContext
-from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate, experts, linear, sequential, solver
+from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate, experts, sequential, solver
 from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
 from llmopt.passes.quantize_gptq.solver import Solution, solve
 
@@ -434,7 +434,7 @@ def test_every_option_runs_on_kernels_as_in_torch(
         assert model.get_input_embeddings().bits == (options["head_bits"] if tied else 8)
         assert (model.get_input_embeddings().packed is model.get_output_embeddings().packed) == tied
     with_kernels = logits(model, rows)
-    monkeypatch.setattr(linear, "uses_kernels", lambda x: False)
+    monkeypatch.setattr("llmopt.packed.uses_kernels", lambda x: False)
     in_torch = logits(model, rows)
     assert closeness(with_kernels, in_torch) > 0.995
     assert closeness(in_torch, expected) > (0.9 if options["head_bits"] == 4 else 0.95)
@@ -796,7 +796,7 @@ def mean_kls(model_type: str, trained: Any, patch: pytest.MonkeyPatch) -> dict[s
         applied.patch.enable()
         found[name] = quality.compare(resolved, reference).mean_kl
         with patch.context() as inner:
-            inner.setattr(linear, "uses_kernels", lambda x: False)
+            inner.setattr("llmopt.packed.uses_kernels", lambda x: False)
             found[f"{name}, exact activations"] = quality.compare(resolved, reference).mean_kl
         applied.patch.disable()
     _results[model_type] = found
