@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -205,25 +205,6 @@ def test_what_a_token_does_not_see_may_be_anything(isa: str) -> None:
     got = latent_attention(query, cache, seq=seq, slot=slot, scale=0.1, rank=64)
     assert torch.equal(got[0], expected[0])
     assert got[1:].isnan().all()
-
-
-@pytest.fixture(params=["amx", "dots"])
-def products(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One way of multiplying bfloat16, in force for the test."""
-    library = native.library()
-    try:
-        if request.param == "amx":
-            native.force_isa("amx")
-        else:
-            native.force_isa("avx512")
-            library.force_bf16_dots("on")
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        yield request.param
-    finally:
-        native.force_isa("auto")
-        library.force_bf16_dots("auto")
 
 
 def products_atol(products: str, cache: torch.Tensor) -> float:
