@@ -192,6 +192,16 @@ inline I32x16 store_s8(int8_t* p, F32x16 x) {
   return {qa, qb};
 }
 
+inline F32x16 load_s8(const int8_t* p) {
+  const __m128i v = _mm_loadu_si128((const __m128i*)p);
+  return to_f32({_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))});
+}
+inline F32x16 load_s8_n(const int8_t* p, int n) {
+  int8_t t[16] = {0};
+  std::memcpy(t, p, n);
+  return load_s8(t);
+}
+
 inline U8x64 load_u8x64(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }

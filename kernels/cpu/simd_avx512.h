@@ -141,6 +141,14 @@ inline I32x16 store_s8(int8_t* p, F32x16 a) {
   return {q};
 }
 
+// signed bytes, widened
+inline F32x16 load_s8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
+inline F32x16 load_s8_n(const int8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+}
+
 inline U8x64 load_u8x64(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_u8x64(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
 inline U8x64 low_nibbles(U8x64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }

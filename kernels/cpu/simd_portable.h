@@ -200,6 +200,11 @@ inline I32x16 store_s8(int8_t* p, F32x16 a) {
   return q;
 }
 
+inline F32x16 load_s8_n(const int8_t* p, int n) {
+  return each<F32x16>([&](int i) { return i < n ? static_cast<float>(p[i]) : 0.0f; });
+}
+inline F32x16 load_s8(const int8_t* p) { return load_s8_n(p, 16); }
+
 inline U8x64 load_u8x64(const uint8_t* p) {
   U8x64 r;
   std::memcpy(r.v, p, 64);

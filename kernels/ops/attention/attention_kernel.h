@@ -82,7 +82,8 @@ class Attention : AttentionRows<kDType> {
  private:
   using Rows = AttentionRows<kDType>;
   using Rows::head_of, Rows::low_of, Rows::high_of, Rows::hide, Rows::write;
-  using Rows::p_, Rows::job_, Rows::key_at, Rows::key_rope_at, Rows::value_at, Rows::mask_at, Rows::key_mask_at;
+  using Rows::p_, Rows::job_, Rows::key_at, Rows::key_rope_at, Rows::value_at, Rows::key_scales_at,
+      Rows::value_scales_at, Rows::mask_at, Rows::key_mask_at;
 
   void start() {
     for (int64_t r = 0; r < rows_; ++r) {
@@ -100,7 +101,7 @@ class Attention : AttentionRows<kDType> {
   }
 
   void load_query(const void* q, const Strides& s, int64_t dim, int64_t head, int64_t position, float* out) {
-    const void* in = element<kDType>(q, job_.b * s.b + head * s.h + position * s.t);
+    const void* in = element<kQueryType<kDType>>(q, job_.b * s.b + head * s.h + position * s.t);
     const F32x16 scale = set1(p_.scale * 1.44269504f);
     int64_t d = 0;
     if (kPairs<kDType> && !packed_) {
@@ -112,7 +113,8 @@ class Attention : AttentionRows<kDType> {
       }
     }
     for (; d < dim; d += 16)
-      store(out + d, mul(scale, load_as_n<kDType>(in, d, static_cast<int>(std::min<int64_t>(16, dim - d)))));
+      store(out + d,
+            mul(scale, load_as_n<kQueryType<kDType>>(in, d, static_cast<int>(std::min<int64_t>(16, dim - d)))));
   }
 
   bool any_visible(int64_t key, int64_t n) const {
@@ -234,8 +236,8 @@ class Attention : AttentionRows<kDType> {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kTileKeys; j += 16) {
         const F32x16 w = exp2_weight(sub(load(s + j), base));
-        store(s + j, w);
         total = add(total, w);
+        store(s + j, kDType == 3 ? scaled(w, key + j, n - j) : w);
       }
       tile_[r] = reduce_add(total);
     }
@@ -245,11 +247,22 @@ class Attention : AttentionRows<kDType> {
   // masks a row's scores of this tile and gives their maximum
   float mask_row(int64_t r, int64_t key, int64_t n) {
     float* s = scores_ + r * kTileKeys;
+    if constexpr (kDType == 3) {
+      const float* scales = key_scales_at(key);
+      for (int64_t j = 0; j < n; j += 16)
+        store(s + j, mul(load(s + j), load_n(scales + j, static_cast<int>(std::min<int64_t>(16, n - j)))));
+    }
     hide(job_.row_begin + r, position_[r], key, n, kTileKeys, s);
     F32x16 top = load(s);
 #pragma GCC unroll 4
     for (int64_t j = 16; j < kTileKeys; j += 16) top = max(top, load(s + j));
     return reduce_max(top);
+  }
+
+  // weights of keys [key, key + 16), of which there are n, as factors of int8 values
+  F32x16 scaled(F32x16 w, int64_t key, int64_t n) const {
+    if (n <= 0) return w;
+    return mul(w, load_n(value_scales_at(key), static_cast<int>(std::min<int64_t>(16, n))));
   }
 
   void finish(int64_t r) {
@@ -284,7 +297,8 @@ const AttentionKernels& kernels_of() {
 
 inline const AttentionKernels& kernels_for(int dtype) {
   if (dtype == 0) return kernels_of<0>();
-  return dtype == 1 ? kernels_of<1>() : kernels_of<2>();
+  if (dtype == 1) return kernels_of<1>();
+  return dtype == 2 ? kernels_of<2>() : kernels_of<3>();
 }
 
 }  // namespace llmopt::LLMOPT_ISA
