@@ -1,8 +1,8 @@
 // The preallocated KV cache as ops see it, and the rows of tokens that write to it and read from it.
 //
-// Cache: [sequences, kv_heads, capacity, dim]; a head's tokens lie one after the other. Of an int8 cache each token's head
-// has a scale of its own, [sequences, kv_heads, capacity], and queries and outputs are bfloat16. A row is one token: the sequence it
-// belongs to, its slot in that sequence's cache, and the position its rotary embedding takes.
+// Cache: [sequences, kv_heads, capacity, dim]; a head's tokens lie one after the other. In an int8 cache each head of a token
+// has a scale of its own, [sequences, kv_heads, capacity], and queries and outputs are bfloat16. A row is one token: the
+// sequence it belongs to, its slot in that sequence's cache, and the position its rotary embedding takes.
 #pragma once
 #include "program.h"
 #include "tensor_check.h"

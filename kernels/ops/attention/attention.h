@@ -63,7 +63,7 @@ struct AttentionLayout {
     keys = acc + padded * value_stride;
     values = keys + query_stride * kTileKeys;
     stats = values + value_stride * kTileKeys;
-    total = stats + 8 * padded;
+    total = stats + 9 * padded;
   }
   // floats of a partial result: maximum, sum and value_stride accumulators per row
   int64_t partial_size(int64_t rows) const { return rows * (value_stride + 2); }

@@ -221,6 +221,8 @@ void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, T
   check_contiguous("out", out);
   check_query("out", out, g.cache);
   g.tokens = q.size(0), g.heads = q.size(1);
+  if (g.cache.dtype == DType::kS8 && g.cache.dim > 4096)
+    TVM_FFI_THROW(ValueError) << "k: expected a head size of at most 4096 in int8, got " << g.cache.dim;
   if (g.heads < 1 || g.cache.dim < 1) TVM_FFI_THROW(ValueError) << "q: expected at least one head and one value";
   if (g.cache.kv_heads == 0 || g.heads % g.cache.kv_heads != 0)
     TVM_FFI_THROW(ValueError) << "k: expected a number of heads that divides q's " << g.heads << ", got "
