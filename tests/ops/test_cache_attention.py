@@ -159,6 +159,15 @@ def test_scales_of_any_size(chunks: Any, isa: str) -> None:
     torch.testing.assert_close(run(**inputs), expected, rtol=3e-2, atol=1e-2 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-20, 1e-3, 10.0])
+def test_queries_of_any_size_over_an_int8_cache(size: float, isa: str) -> None:
+    """Decode takes them as int16, with a scale: one element that is large must not spoil the others."""
+    inputs = given((0, 300, 1), (1, 20, 1), (2, 0, 1), dtype=torch.int8)
+    inputs["q"] *= size
+    inputs["q"][:, 1, 3] *= 50.0
+    torch.testing.assert_close(run(**inputs), reference.cache_attention(**inputs), rtol=1.6e-2, atol=4e-3)
+
+
 @pytest.mark.parametrize(("name", "end"), [("seq", 2), ("slot", 29)])
 def test_a_row_outside_the_cache_is_an_index_error_and_nothing_is_written(name: str, end: int) -> None:
     for wrong in (end, -1, 2**31 - 1):
@@ -235,6 +244,14 @@ def test_bad_calls_of_an_int8_cache(name: str) -> None:
     with pytest.raises(InputError, match=f"^cache_attention: {message}"):
         cache_attention(**inputs)
     assert not inputs["out"].any()
+
+
+def test_a_head_too_large_for_int8() -> None:
+    inputs = given((0, 0, 1), heads=1, kv_heads=1, dim=4097, dtype=torch.int8)
+    with pytest.raises(
+        InputError, match=r"^cache_attention: k: expected a head size of at most 4096 in int8, got 4097"
+    ):
+        run(**inputs)
 
 
 def test_scales_of_another_cache() -> None:
