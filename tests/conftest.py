@@ -78,13 +78,14 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.empty`` gives NaN (0xA5 in integers), so that an element nobody wrote cannot look right."""
+    """``torch.empty`` gives NaN (in integers a value of no use), so that an element nobody wrote cannot look right."""
     empty = torch.empty
 
     def poisoned(*args: Any, **named: Any) -> torch.Tensor:
         made = empty(*args, **named)
         if made.device.type == "cpu" and made.numel():
-            made.fill_(torch.nan if made.is_floating_point() else 0xA5 if made.dtype == torch.uint8 else -(2**15))
+            whole = {torch.uint8: 0xA5, torch.int8: -0x5B}.get(made.dtype, -(2**15))
+            made.fill_(torch.nan if made.is_floating_point() else whole)
         return made
 
     monkeypatch.setattr(torch, "empty", poisoned)

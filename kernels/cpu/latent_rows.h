@@ -10,7 +10,8 @@ inline CacheShape latent_cache_shape(const TensorView& cache) {
   check_shape("cache", cache, {-1, -1, -1});
   check_contiguous("cache", cache);
   const int64_t stride = cache.size(1) * cache.size(2);
-  return {cache.size(0), 1, cache.size(1), cache.size(2), stride, stride, float_dtype("cache", cache)};
+  return {cache.size(0), 1,      cache.size(1), cache.size(2), stride, stride, float_dtype("cache", cache),
+          nullptr,       nullptr};
 }
 
 }  // namespace llmopt

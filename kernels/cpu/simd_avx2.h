@@ -18,6 +18,9 @@ struct I32x16 {
 struct U8x64 {
   __m256i a, b;
 };
+struct S16x32 {
+  __m256i a, b;
+};
 
 constexpr int kTiles = 1;
 constexpr int kTokens = 4;
@@ -190,6 +193,32 @@ inline I32x16 store_s8(int8_t* p, F32x16 x) {
   const __m128i hi = _mm_packs_epi32(_mm256_castsi256_si128(qb), _mm256_extracti128_si256(qb, 1));
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(lo, hi));
   return {qa, qb};
+}
+
+inline F32x16 load_s8(const int8_t* p) {
+  const __m128i v = _mm_loadu_si128((const __m128i*)p);
+  return to_f32({_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))});
+}
+inline F32x16 load_s8_n(const int8_t* p, int n) {
+  int8_t t[16] = {0};
+  std::memcpy(t, p, n);
+  return load_s8(t);
+}
+
+inline S16x32 load_s16x32(const int16_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))};
+}
+inline S16x32 load_s8x32(const int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+inline S16x32 load_s8x32_n(const int8_t* p, int n) {
+  int8_t t[32] = {0};
+  std::memcpy(t, p, n);
+  return load_s8x32(t);
+}
+inline I32x16 dot_s16(I32x16 acc, S16x32 a, S16x32 b) {
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b))};
 }
 
 inline U8x64 load_u8x64(const uint8_t* p) {

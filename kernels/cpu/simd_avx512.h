@@ -19,6 +19,9 @@ struct I32x16 {
 struct U8x64 {
   __m512i v;
 };
+struct S16x32 {
+  __m512i v;
+};
 
 // register budget of the int8 product: 16-row tiles x tokens held in accumulators at once
 constexpr int kTiles = 2;
@@ -139,6 +142,27 @@ inline I32x16 store_s8(int8_t* p, F32x16 a) {
   const __m512i q = _mm512_cvtps_epi32(a.v);
   _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(q));
   return {q};
+}
+
+// signed bytes, widened
+inline F32x16 load_s8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
+inline F32x16 load_s8_n(const int8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+}
+
+// thirty-two values; signed bytes are widened
+inline S16x32 load_s16x32(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline S16x32 load_s8x32(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+inline S16x32 load_s8x32_n(const int8_t* p, int n) {
+  return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((__mmask32)((uint64_t{1} << n) - 1), p))};
+}
+// acc[lane] += a[2 * lane] * b[2 * lane] + a[2 * lane + 1] * b[2 * lane + 1]
+inline I32x16 dot_s16(I32x16 acc, S16x32 a, S16x32 b) {
+  // not the intrinsic, see dot_u4
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
 }
 
 inline U8x64 load_u8x64(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }

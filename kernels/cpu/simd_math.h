@@ -32,17 +32,19 @@ inline F32x16 silu(F32x16 x) {
 }
 
 // sixteen values of any supported dtype
-template <int kDType>  // llmopt::DType as int: 0 float32, 1 bfloat16, 2 float16
+template <int kDType>  // llmopt::DType as int: 0 float32, 1 bfloat16, 2 float16; to load from, 3 int8
 inline F32x16 load_as(const void* base, int64_t i) {
   if constexpr (kDType == 0) return load(static_cast<const float*>(base) + i);
   if constexpr (kDType == 1) return load_bf16(static_cast<const uint16_t*>(base) + i);
   if constexpr (kDType == 2) return load_f16(static_cast<const uint16_t*>(base) + i);
+  if constexpr (kDType == 3) return load_s8(static_cast<const int8_t*>(base) + i);
 }
 template <int kDType>
 inline F32x16 load_as_n(const void* base, int64_t i, int n) {
   if constexpr (kDType == 0) return load_n(static_cast<const float*>(base) + i, n);
   if constexpr (kDType == 1) return load_bf16_n(static_cast<const uint16_t*>(base) + i, n);
   if constexpr (kDType == 2) return load_f16_n(static_cast<const uint16_t*>(base) + i, n);
+  if constexpr (kDType == 3) return load_s8_n(static_cast<const int8_t*>(base) + i, n);
 }
 template <int kDType>
 inline void store_as(void* base, int64_t i, F32x16 x) {

@@ -17,6 +17,9 @@ struct I32x16 {
 struct U8x64 {
   uint8_t v[64];
 };
+struct S16x32 {
+  int16_t v[32];
+};
 
 constexpr int kTiles = 1;
 constexpr int kTokens = 2;
@@ -198,6 +201,27 @@ inline I32x16 store_s8(int8_t* p, F32x16 a) {
     p[i] = static_cast<int8_t>(q.v[i]);
   }
   return q;
+}
+
+inline F32x16 load_s8_n(const int8_t* p, int n) {
+  return each<F32x16>([&](int i) { return i < n ? static_cast<float>(p[i]) : 0.0f; });
+}
+inline F32x16 load_s8(const int8_t* p) { return load_s8_n(p, 16); }
+
+inline S16x32 load_s16x32(const int16_t* p) {
+  S16x32 r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+inline S16x32 load_s8x32_n(const int8_t* p, int n) {
+  S16x32 r;
+  for (int i = 0; i < 32; ++i) r.v[i] = i < n ? p[i] : int8_t{0};
+  return r;
+}
+inline S16x32 load_s8x32(const int8_t* p) { return load_s8x32_n(p, 32); }
+inline I32x16 dot_s16(I32x16 acc, S16x32 a, S16x32 b) {
+  for (int i = 0; i < 16; ++i) acc.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
+  return acc;
 }
 
 inline U8x64 load_u8x64(const uint8_t* p) {

@@ -12,7 +12,9 @@ namespace llmopt {
 
 using tvm::ffi::TensorView;
 
-enum class DType : int { kF32, kBF16, kF16 };
+enum class DType : int { kF32, kBF16, kF16, kS8 };
+
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kS8 ? 1 : 2; }
 
 inline std::string shape_text(const TensorView& t) {
   std::string s = "[";

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from llmopt.measure.report import Ceilings, Timing
@@ -47,15 +48,18 @@ def _experts(layer: Any) -> list[nn.Module]:
 
 
 def kv_bytes(resolved: ResolvedModel, depth: int) -> int:
-    """Bytes of the cache that one token reads at ``depth`` (in the model's dtype)."""
+    """Bytes of the cache that one token reads at ``depth``, in the dtype of the caches that the model makes as it stands now;
+    int8 with its scales."""
     config: Any = resolved.model.config
-    size = resolved.dtype.itemsize
+    engine = engine_of(resolved.model)
+    dtype = resolved.dtype if engine is None else engine.kv_dtype
     if resolved.family.attention.kind == "mla":
-        values = config.kv_lora_rank + config.qk_rope_head_dim
+        rows, values = 1, config.kv_lora_rank + config.qk_rope_head_dim
     else:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        values = 2 * config.num_key_value_heads * head_dim
-    return int(len(resolved.layers) * values * size * depth)
+        rows = 2 * config.num_key_value_heads
+        values = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return int(len(resolved.layers) * rows * (values * dtype.itemsize + scale) * depth)
 
 
 def decode_bytes(resolved: ResolvedModel, prompt_tokens: int, decode_tokens: int) -> int:

@@ -85,19 +85,21 @@ class GqaBlock:
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += attention(norm(h))``, keys and values written to the cache."""
-        tokens, work, dtype = h.shape[0], ctx.work, ctx.cache.dtype
+        tokens, work, dtype = h.shape[0], ctx.work, ctx.cache.query_dtype
         qkv = work.get("qkv", tokens, (self.heads + 2 * self.kv_heads) * self.head_dim)
         q = work.get("q", tokens, self.heads, self.head_dim, dtype=dtype)
         out = work.get("attention", tokens, self.heads * self.head_dim, dtype=dtype)
         keys, values, rows = ctx.cache.keys[self.index], ctx.cache.values[self.index], ctx.rows
+        k_scale, v_scale = ctx.cache.scales(self.index)
         linears(h, self.qkv, qkv, norm=self.norm, eps=self.eps)
         rope_cache(
             qkv, q, keys, values, cos=ctx.rope.cos, sin=ctx.rope.sin, position=rows.position, seq=rows.seq,
             slot=rows.slot, interleaved=ctx.rope.interleaved, q_norm=self.q_norm, k_norm=self.k_norm,
-            eps=self.head_eps,
+            eps=self.head_eps, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
         cache_attention(
-            q, keys, values, out, seq=rows.seq, slot=rows.slot, start=ctx.cache.start, scale=self.scale
+            q, keys, values, out, seq=rows.seq, slot=rows.slot, start=ctx.cache.start, scale=self.scale,
+            k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
         linears(out, (self.output,), h, mode="add")
 

@@ -6,7 +6,6 @@ used up. The slots are those of transformers' own caches, padding included, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from llmopt.arena import huge_block
 from llmopt.errors import InputError
+from llmopt.ops.rope_cache.reference import quantize
 
 _GROWTH = 256  # slots; a cache that must grow doubles, and never by less
 
@@ -35,14 +35,14 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new states behind those seen, and return views of all of them: for a layer's own forward."""
-        end = self.seen + key_states.shape[-2]
+        """Write new states behind those seen, and return all of them, in the states' dtype: for a layer's own forward."""
+        start, end = self.seen, self.seen + key_states.shape[-2]
         self.cache.reserve(end)
-        keys, values = self.cache.parts(self.index)
-        keys[:, :, self.seen : end] = key_states
-        values[:, :, self.seen : end] = value_states
         self.seen = end
-        return keys[:, :, :end].to(key_states.dtype), values[:, :, :end].to(value_states.dtype)
+        parts, scales = self.cache.parts(self.index), self.cache.scales(self.index)
+        states = zip((key_states, value_states), parts, scales, strict=True)
+        keys, values = (_append(new, part, scale, start, end) for new, part, scale in states)
+        return keys, values
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         queries = query_length if isinstance(query_length, int) else int(query_length.shape[0])
@@ -65,6 +65,17 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = min(self.seen, max_length if max_length > 0 else self.seen + max_length)
 
 
+def _append(
+    new: torch.Tensor, part: torch.Tensor, scale: torch.Tensor | None, start: int, end: int
+) -> torch.Tensor:  # fmt: skip
+    """Write ``new`` to slots ``[start, end)`` of one layer's keys or values, and read slots ``[0, end)`` in its dtype."""
+    if scale is None:
+        part[:, :, start:end] = new
+        return part[:, :, :end].to(new.dtype)
+    part[:, :, start:end], scale[:, :, start:end] = quantize(new)
+    return (part[:, :, :end] * scale[:, :, :end, None]).to(new.dtype)
+
+
 class KVCache(Cache):  # type: ignore[misc]
     """Keys and values of all layers.
 
@@ -74,21 +85,34 @@ class KVCache(Cache):  # type: ignore[misc]
         kv_heads: Hk.
         head_dims: sizes of a key and of a value.
         capacity: slots a sequence; more are allocated when needed.
-        dtype: of keys and values.
+        dtype: of keys and values; int8: each head of a token has a float32 scale of its own, beside the codes.
         latent_rank: of latent attention: a "key" then is a latent of this size with its rope key behind it, and there are
             no values.
         own_halves: the model's own layers keep rotated pairs as halves, (0, 2, 4, ..., 1, 3, 5, ...); the engine does not.
+
+    Attributes:
+        keys: ``[S, Hk, C, D]`` a layer.
+        values: likewise.
+        key_scales: ``[S, Hk, C]`` float32 a layer, of an int8 cache; else empty.
+        value_scales: likewise.
+
+    Raises:
+        InputError: latents in int8.
     """
 
     def __init__(
         self, sequences: int, layers: int, kv_heads: int, head_dims: tuple[int, int], capacity: int,
         dtype: torch.dtype, latent_rank: int | None = None, own_halves: bool = False,
     ) -> None:  # fmt: skip
+        if dtype == torch.int8 and latent_rank is not None:
+            raise InputError.argument("dtype", expected="a floating dtype for the cache of latent attention", got=dtype)
         self.sequences, self.kv_heads, self.head_dims, self.dtype = sequences, kv_heads, head_dims, dtype
         self.latent_rank, self._own_halves, self._in_halves = latent_rank, own_halves, False
         self.capacity = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.key_scales: list[torch.Tensor] = []
+        self.value_scales: list[torch.Tensor] = []
         self.start = torch.zeros(sequences, dtype=torch.int32)  # first slot of each sequence that is no padding
         self.step: Any = None  # the decode step recorded over these buffers, while a generate call has both
         super().__init__(layers=[KVLayer(self, i) for i in range(layers)])
@@ -103,6 +127,19 @@ class KVCache(Cache):  # type: ignore[misc]
     def length(self, value: int) -> None:
         for layer in self.layers:
             layer.seen = value
+
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """Of the queries and outputs of attention over this cache."""
+        return torch.bfloat16 if self.dtype == torch.int8 else self.dtype
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All buffers: ``[S, Hk, C, D]``, and of an int8 cache ``[S, Hk, C]``."""
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
+    def scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """``[S, Hk, C]`` float32, of keys and of values; None of a cache that is not int8."""
+        return (self.key_scales[layer], self.value_scales[layer]) if self.key_scales else (None, None)
 
     def parts(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer's own forward takes for keys and values: of latent attention, latents and rope keys."""
@@ -129,18 +166,23 @@ class KVCache(Cache):  # type: ignore[misc]
         if self.capacity:
             capacity = max(capacity, 2 * self.capacity, self.capacity + _GROWTH)
         used = max(layer.seen for layer in self.layers)
-        old = [*self.keys, *self.values]
-        self.keys, self.values = self._allocate(capacity)
-        for before, now in zip(old, [*self.keys, *self.values], strict=False):
+        old = self.tensors()
+        self._allocate(capacity)
+        for before, now in zip(old, self.tensors(), strict=False):  # at first there is nothing before
             now[:, :, :used] = before[:, :, :used]
         self.capacity = capacity
 
-    def _allocate(self, capacity: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        shapes = [(self.sequences, self.kv_heads, capacity, dim) for dim in self.head_dims]
-        sizes = [self.sequences * self.kv_heads * capacity * dim for dim in self.head_dims]
-        block = huge_block(sum(sizes) * len(self.layers) * self.dtype.itemsize).view(self.dtype)
-        parts = block.split(sizes * len(self.layers))
-        return [k.view(shapes[0]) for k in parts[::2]], [v.view(shapes[1]) for v in parts[1::2]]
+    def _allocate(self, capacity: int) -> None:
+        layers, tokens = len(self.layers), self.sequences * self.kv_heads * capacity
+        shape = (self.sequences, self.kv_heads, capacity)
+        sizes = [tokens * dim for dim in self.head_dims]
+        parts = huge_block(sum(sizes) * layers * self.dtype.itemsize).view(self.dtype).split(sizes * layers)
+        self.keys = [k.view(*shape, self.head_dims[0]) for k in parts[::2]]
+        self.values = [v.view(*shape, self.head_dims[1]) for v in parts[1::2]]
+        if self.dtype == torch.int8:
+            scales = huge_block(2 * layers * tokens * torch.float32.itemsize).view(torch.float32).split(tokens)
+            self.key_scales = [k.view(shape) for k in scales[::2]]
+            self.value_scales = [v.view(shape) for v in scales[1::2]]
 
     # ---- what transformers asks of a cache beyond its layers
 
@@ -171,13 +213,13 @@ class KVCache(Cache):  # type: ignore[misc]
             raise InputError.argument("indices", expected="one dimension", got=list(indices.shape))
         length = self.length
         if len(indices) == self.sequences:
-            for tensor in (*self.keys, *self.values):
+            for tensor in self.tensors():
                 tensor[:, :, :length] = tensor[indices, :, :length]
             self.start = self.start[indices]
             return
-        old: Sequence[torch.Tensor] = (*self.keys, *self.values)
+        old = self.tensors()
         self.sequences = len(indices)
-        self.keys, self.values = self._allocate(self.capacity)
-        for before, now in zip(old, (*self.keys, *self.values), strict=True):
+        self._allocate(self.capacity)
+        for before, now in zip(old, self.tensors(), strict=True):
             now[:, :, :length] = before[indices, :, :length]
         self.start = self.start[indices]

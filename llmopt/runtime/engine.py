@@ -36,18 +36,21 @@ class Engine:
     Args:
         resolved: the model; its modules are read as they are now.
         screened: choose greedy tokens by a screened head, where it can be screened; None: where that pays.
+        kv_dtype: of the caches it makes, int8 among them; None: the model's.
 
     Raises:
-        UnsupportedModelError: a part that the ops do not know.
+        UnsupportedModelError: a part that the ops do not know, or latent attention over an int8 cache.
     """
 
-    def __init__(self, resolved: ResolvedModel, screened: bool | None = None) -> None:
-        reason = unsupported(resolved)
+    def __init__(
+        self, resolved: ResolvedModel, screened: bool | None = None, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        reason = unsupported(resolved, kv_dtype)
         if reason:
             raise UnsupportedModelError(reason)
         model, family, config = resolved.model, resolved.family, resolved.model.config
         parent, attr = resolved.parent_of_embedding()
-        self.config, self.dtype = config, resolved.dtype
+        self.config, self.kv_dtype = config, kv_dtype or resolved.dtype
         self.table = weight_of(getattr(parent, attr), "embedding")
         self.layers = [_blocks(layer, family, config) for layer in resolved.layers]
         self.norm, self.eps = norm_of(resolved.final_norm)
@@ -60,7 +63,7 @@ class Engine:
         self._own_halves = family.attention.rotated_as_halves
         self._rope: Rope | None = None
 
-    def new_cache(self, sequences: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+    def new_cache(self, sequences: int, capacity: int) -> KVCache:
         """An empty cache for this model."""
         first = self.layers[0][0]
         if isinstance(first, LatentBlock):
@@ -68,7 +71,7 @@ class Engine:
         else:
             kv_heads, dims, rank = first.kv_heads, (first.head_dim, first.head_dim), None
         return KVCache(
-            sequences, len(self.layers), kv_heads, dims, capacity, dtype or self.dtype, latent_rank=rank,
+            sequences, len(self.layers), kv_heads, dims, capacity, self.kv_dtype, latent_rank=rank,
             own_halves=self._interleaved and self._own_halves,
         )  # fmt: skip
 
@@ -141,8 +144,10 @@ def _blocks(
     return attention, mlp
 
 
-def unsupported(resolved: ResolvedModel) -> str:
+def unsupported(resolved: ResolvedModel, kv_dtype: torch.dtype | None = None) -> str:
     """Why the engine cannot run this model, or ''."""
+    if kv_dtype == torch.int8 and resolved.family.attention.kind == "mla":
+        return "latent attention has no int8 cache: all heads read one latent a token, in its own dtype"
     config: Any = resolved.model.config
     rotary: Any = resolved.model.get_submodule(resolved.family.rotary)
     kind = getattr(rotary, "rope_type", "default")

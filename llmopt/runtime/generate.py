@@ -27,17 +27,14 @@ class Generation:
     Args:
         model: the causal LM.
         engine: gives the engine for the modules as they are now.
-        kv_dtype: of the cache, or None: the model's.
         lookup: prompt lookup for calls that do not ask for it themselves, or None.
 
     Attributes:
         lookup_counts: of all calls so far, by the names in :data:`~llmopt.runtime.lookup.COUNTS`.
     """
 
-    def __init__(
-        self, model: Any, engine: Callable[[], Engine], kv_dtype: torch.dtype | None, lookup: Lookup | None = None
-    ) -> None:
-        self._model, self._engine, self._kv_dtype, self._lookup = model, engine, kv_dtype, lookup
+    def __init__(self, model: Any, engine: Callable[[], Engine], lookup: Lookup | None = None) -> None:
+        self._model, self._engine, self._lookup = model, engine, lookup
         self.lookup_counts = dict.fromkeys(COUNTS, 0)
         self._own_generate = model.generate
         self._own_sample = model._sample
@@ -80,10 +77,10 @@ class Generation:
         try:
             step = self._idle.pop()  # callers in several threads: one of them gets it
         except IndexError:
-            return self._engine().new_cache(sequences, capacity, self._kv_dtype)
+            return self._engine().new_cache(sequences, capacity)
         cache = step.cache
         if cache.sequences != sequences or step.capacity < capacity or not step.fits(cache):
-            return self._engine().new_cache(sequences, capacity, self._kv_dtype)
+            return self._engine().new_cache(sequences, capacity)
         cache.reset()
         cache.step = step
         return cache

@@ -49,7 +49,7 @@ class DecodeStep:
         )
         self._hidden = torch.empty(rows, engine.hidden_size)
         self._context = Context(self._rows, cache, engine.rope(cache.capacity), Workspace(recorded=True))
-        self._program = Program(lambda: self._record(engine), keep=(self._context, engine, cache.keys, cache.values))
+        self._program = Program(lambda: self._record(engine), keep=(self._context, engine, cache.tensors()))
 
     def _record(self, engine: Engine) -> None:
         # the rows hold the last token's place; a step begins by moving on

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from llmopt import native
 from llmopt.checkpoint.experts import ExpertLinears
 from llmopt.measure import traffic
 from llmopt.measure.report import Ceilings, Interval, Timing
 from llmopt.models import FAMILIES, resolve_model
 from llmopt.packed import QuantLinear
-from llmopt.passes import QuantizeGptq
+from llmopt.passes import FuseKernels, QuantizeGptq
 from llmopt.passes.base import PassContext
 
 FAMILY_NAMES = [f.model_type for f in FAMILIES]
@@ -82,6 +83,23 @@ def test_the_cache_grows_with_depth_and_holds_what_the_family_caches(tiny: Any) 
 def test_half_precision_halves_the_cache(tiny: Any) -> None:
     full, half = (resolve_model(tiny("qwen3", d)) for d in (torch.float32, torch.bfloat16))
     assert traffic.kv_bytes(full, 64) == 2 * traffic.kv_bytes(half, 64)
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_the_cache_counts_in_the_dtype_that_the_fused_model_keeps(kv_dtype: str, tiny: Any) -> None:
+    model = tiny("qwen3")
+    resolved = resolve_model(model)
+    own = traffic.kv_bytes(resolved, 10)
+    context = PassContext(resolved, resolved.device, lambda event: None)
+    patch = FuseKernels(kv_dtype=kv_dtype).apply(context).patch
+    patch.enable()
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(10)[None], use_cache=True).past_key_values
+    assert cache.capacity == 10
+    assert traffic.kv_bytes(resolved, 10) == sum(size(t) for t in cache.tensors()) < own
+    patch.disable()
+    assert traffic.kv_bytes(resolved, 10) == own
 
 
 def test_experts_run_one_by_one_count_by_the_share_chosen(tiny: Any, token_rows: Any) -> None:

@@ -34,8 +34,8 @@ def by_name(name: str, inputs: dict[str, Any]) -> tuple[Callable[[], None], list
     assert spec.torch_arguments is not None
     arguments = spec.torch_arguments(**inputs)
     schema = getattr(torch.ops.llmopt, name).default._schema.arguments
-    values = [arguments[a.name] for a in schema]
-    written = [value for a, value in zip(schema, values, strict=True) if a.is_write]
+    values = [arguments.get(a.name, a.default_value) for a in schema]
+    written = [value for a, value in zip(schema, values, strict=True) if a.is_write and value is not None]
     return lambda: getattr(torch.ops.llmopt, name)(*values), written
 
 

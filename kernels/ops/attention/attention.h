@@ -16,12 +16,13 @@ struct Strides {
 
 struct AttentionParams {
   const void *q, *k, *v;
-  const void *q_rope, *k_rope;  // second part of queries and keys, or null
-  void* out;                    // [B, Tq, H, Dv] contiguous
-  const uint8_t* key_mask;      // [B, Tk], nonzero = visible, or null
-  const uint8_t* mask;          // [B or 1, 1 or H, Tq, Tk] likewise; broadcast dimensions have stride 0
+  const void *q_rope, *k_rope;     // second part of queries and keys, or null
+  void* out;                       // [B, Tq, H, Dv] contiguous
+  const float *k_scale, *v_scale;  // of int8 keys and values, [Hk, ...] by key, scale_stride apart; or null
+  const uint8_t* key_mask;         // [B, Tk], nonzero = visible, or null
+  const uint8_t* mask;             // [B or 1, 1 or H, Tq, Tk] likewise; broadcast dimensions have stride 0
   Strides q_stride, k_stride, v_stride, q_rope_stride, k_rope_stride, mask_stride;
-  int64_t key_mask_stride;
+  int64_t key_mask_stride, scale_stride;
   int64_t batch, heads, kv_heads, tq, tk;
   int64_t dim, dim_rope, dim_v;
   float scale;
@@ -62,7 +63,7 @@ struct AttentionLayout {
     keys = acc + padded * value_stride;
     values = keys + query_stride * kTileKeys;
     stats = values + value_stride * kTileKeys;
-    total = stats + 8 * padded;
+    total = stats + 9 * padded;
   }
   // floats of a partial result: maximum, sum and value_stride accumulators per row
   int64_t partial_size(int64_t rows) const { return rows * (value_stride + 2); }

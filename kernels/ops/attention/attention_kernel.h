@@ -35,6 +35,7 @@ class Attention : AttentionRows<kDType> {
     low_ = reinterpret_cast<int32_t*>(base_ + padded);
     high_ = low_ + padded;
     position_ = high_ + padded;
+    query_scale_ = reinterpret_cast<float*>(position_ + padded);
   }
 
   void run() {
@@ -82,7 +83,8 @@ class Attention : AttentionRows<kDType> {
  private:
   using Rows = AttentionRows<kDType>;
   using Rows::head_of, Rows::low_of, Rows::high_of, Rows::hide, Rows::write;
-  using Rows::p_, Rows::job_, Rows::key_at, Rows::key_rope_at, Rows::value_at, Rows::mask_at, Rows::key_mask_at;
+  using Rows::p_, Rows::job_, Rows::key_at, Rows::key_rope_at, Rows::value_at, Rows::key_scales_at,
+      Rows::value_scales_at, Rows::mask_at, Rows::key_mask_at;
 
   void start() {
     for (int64_t r = 0; r < rows_; ++r) {
@@ -95,12 +97,13 @@ class Attention : AttentionRows<kDType> {
       float* out = query_ + r * layout_.query_stride;
       load_query(p_.q, p_.q_stride, p_.dim, head, position, out);
       if (p_.q_rope) load_query(p_.q_rope, p_.q_rope_stride, p_.dim_rope, head, position, out + round_up(p_.dim, 16));
+      query_scale_[r] = kDType == 3 && !packed_ ? quantize_query(out) : 1.0f;
     }
     for (int64_t i = 0; i < rows_ * layout_.value_stride; i += 16) store(acc_ + i, zero_f32());
   }
 
   void load_query(const void* q, const Strides& s, int64_t dim, int64_t head, int64_t position, float* out) {
-    const void* in = element<kDType>(q, job_.b * s.b + head * s.h + position * s.t);
+    const void* in = element<kQueryType<kDType>>(q, job_.b * s.b + head * s.h + position * s.t);
     const F32x16 scale = set1(p_.scale * 1.44269504f);
     int64_t d = 0;
     if (kPairs<kDType> && !packed_) {
@@ -112,7 +115,24 @@ class Attention : AttentionRows<kDType> {
       }
     }
     for (; d < dim; d += 16)
-      store(out + d, mul(scale, load_as_n<kDType>(in, d, static_cast<int>(std::min<int64_t>(16, dim - d)))));
+      store(out + d,
+            mul(scale, load_as_n<kQueryType<kDType>>(in, d, static_cast<int>(std::min<int64_t>(16, dim - d)))));
+  }
+
+  // Turns a query into int16, in its place, and gives the scale. What is not finite makes the scale so.
+  float quantize_query(float* q) const {
+    const int64_t padded = round_up(p_.dim, 16);
+    I32x16 bits = zero_i32();
+    for (int64_t d = 0; d < padded; d += 16) bits = max(bits, abs_bits(load(q + d)));
+    const int32_t top_bits = reduce_max(bits);
+    float top;
+    std::memcpy(&top, &top_bits, 4);
+    const float inverse = top >= 1e-30f && std::isfinite(top) ? 32767.0f / top : 0.0f;
+    for (int64_t d = 0; d < round_up(p_.dim, 32); ++d) {
+      const int16_t code = d < padded && inverse != 0.0f ? static_cast<int16_t>(std::lrint(q[d] * inverse)) : 0;
+      std::memcpy(reinterpret_cast<char*>(q) + 2 * d, &code, 2);
+    }
+    return top / 32767.0f;
   }
 
   bool any_visible(int64_t key, int64_t n) const {
@@ -185,7 +205,11 @@ class Attention : AttentionRows<kDType> {
         for (int i = 0; i < R * C; ++i) acc[g * R * C + i] = zero_f32();
         // past the end the last key is read again; its scores are masked
         for (int c = 0; c < C; ++c) k[c] = key_at(key + std::min<int64_t>(n - 1, j + g * C + c));
-        dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, kAheadKeys * p_.k_stride.t, acc + g * R * C);
+        if constexpr (kDType == 3)
+          dots_s8<R, C>(reinterpret_cast<const int16_t*>(q), 2 * layout_.query_stride, k, p_.dim,
+                        kAheadKeys * p_.k_stride.t, acc + g * R * C);
+        else
+          dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, kAheadKeys * p_.k_stride.t, acc + g * R * C);
         if (p_.k_rope) {
           for (int c = 0; c < C; ++c) k[c] = key_rope_at(key + std::min<int64_t>(n - 1, j + g * C + c));
           dots<R, C, kDType>(q + round_up(p_.dim, 16), layout_.query_stride, k, p_.dim_rope,
@@ -234,8 +258,8 @@ class Attention : AttentionRows<kDType> {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kTileKeys; j += 16) {
         const F32x16 w = exp2_weight(sub(load(s + j), base));
-        store(s + j, w);
         total = add(total, w);
+        store(s + j, kDType == 3 ? scaled(w, key + j, n - j) : w);
       }
       tile_[r] = reduce_add(total);
     }
@@ -245,11 +269,24 @@ class Attention : AttentionRows<kDType> {
   // masks a row's scores of this tile and gives their maximum
   float mask_row(int64_t r, int64_t key, int64_t n) {
     float* s = scores_ + r * kTileKeys;
+    if constexpr (kDType == 3) {
+      const F32x16 scale = set1(query_scale_[r]);
+      for (int64_t j = 0; j < n; j += 16) {
+        const int count = static_cast<int>(std::min<int64_t>(16, n - j));
+        store(s + j, mul(load(s + j), mul(scale, load_n(key_scales_at(key + j), count))));
+      }
+    }
     hide(job_.row_begin + r, position_[r], key, n, kTileKeys, s);
     F32x16 top = load(s);
 #pragma GCC unroll 4
     for (int64_t j = 16; j < kTileKeys; j += 16) top = max(top, load(s + j));
     return reduce_max(top);
+  }
+
+  // weights of keys [key, key + 16), of which there are n, as factors of int8 values
+  F32x16 scaled(F32x16 w, int64_t key, int64_t n) const {
+    if (n <= 0) return w;
+    return mul(w, load_n(value_scales_at(key), static_cast<int>(std::min<int64_t>(16, n))));
   }
 
   void finish(int64_t r) {
@@ -267,7 +304,7 @@ class Attention : AttentionRows<kDType> {
   const AttentionLayout layout_;
   const int64_t rows_;
   const bool packed_;
-  float *query_, *scores_, *acc_, *keys_, *values_, *max_, *sum_, *keep_, *tile_, *base_;
+  float *query_, *scores_, *acc_, *keys_, *values_, *max_, *sum_, *keep_, *tile_, *base_, *query_scale_;
   int32_t *low_, *high_, *position_;
 };
 
@@ -284,7 +321,8 @@ const AttentionKernels& kernels_of() {
 
 inline const AttentionKernels& kernels_for(int dtype) {
   if (dtype == 0) return kernels_of<0>();
-  return dtype == 1 ? kernels_of<1>() : kernels_of<2>();
+  if (dtype == 1) return kernels_of<1>();
+  return dtype == 2 ? kernels_of<2>() : kernels_of<3>();
 }
 
 }  // namespace llmopt::LLMOPT_ISA

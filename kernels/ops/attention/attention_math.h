@@ -17,6 +17,12 @@ inline void prefetch(const void* base, int64_t i) {
   __builtin_prefetch(element<kDType>(base, i), 0, 2);
 }
 
+// vectors of 16 elements in a line of the cache
+template <int kDType>
+constexpr int kLineVecs = kDType == 0   ? 1
+                          : kDType == 3 ? 4
+                                        : 2;
+
 // 2^x for x <= 0, relative error under 2e-7, and exactly 0 from -64 down: beside the row's largest weight, which is 1,
 // that is far below float32's rounding. NaN stays NaN.
 inline F32x16 exp2_weight(F32x16 x) {
@@ -75,7 +81,7 @@ template <int R, int V, int kDType, bool kStream>
     }
     if constexpr (kStream) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v += kDType == 0 ? 1 : 2) prefetch<kDType>(b, (j + kAheadKeys) * ldb + 16 * v);
+      for (int v = 0; v < V; v += kLineVecs<kDType>) prefetch<kDType>(b, (j + kAheadKeys) * ldb + 16 * v);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -148,7 +154,7 @@ inline void dots(const float* q, int64_t ldq, const void* const (&k)[C], int64_t
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       x[c] = lanes == 16 ? load_as<kDType>(k[c], d) : load_as_n<kDType>(k[c], d, lanes);
-      if (kDType == 0 || d % 32 == 0) prefetch<kDType>(k[c], d + ahead);
+      if (d % (16 * kLineVecs<kDType>) == 0) prefetch<kDType>(k[c], d + ahead);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -159,6 +165,33 @@ inline void dots(const float* q, int64_t ldq, const void* const (&k)[C], int64_t
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) acc[i] = sum[i];
+}
+
+// dots() of int8 keys and queries in int16, padded with zeros to 32: exact sums of products, half of the work of float32. A
+// lane's sum fits into int32 up to a dim of 8192.
+template <int R, int C>
+inline void dots_s8(const int16_t* q, int64_t ldq, const void* const (&k)[C], int64_t dim, int64_t ahead, F32x16* acc) {
+  I32x16 sum[R * C];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) sum[i] = zero_i32();
+  for (int64_t d = 0; d < dim; d += 32) {
+    const int n = static_cast<int>(std::min<int64_t>(32, dim - d));
+    S16x32 x[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const int8_t* at = static_cast<const int8_t*>(k[c]) + d;
+      x[c] = n == 32 ? load_s8x32(at) : load_s8x32_n(at, n);
+      if (d % 64 == 0) prefetch<3>(at, ahead);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const S16x32 y = load_s16x32(q + r * ldq + d);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[r * C + c] = dot_s16(sum[r * C + c], y, x[c]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) acc[i] = to_f32(sum[i]);
 }
 
 // out[d, key] = in[key, d] for up to kTileKeys keys; keys past `n` give zeros
@@ -196,7 +229,7 @@ inline void pack_transposed(const void* in, int64_t stride, int64_t n, int64_t d
           x[i] = zero_f32();
         else
           x[i] = lanes == 16 ? load_as<kDType>(in, at) : load_as_n<kDType>(in, at, lanes);
-        if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, at + kTileKeys * stride);
+        if (d % (16 * kLineVecs<kDType>) == 0) prefetch<kDType>(in, at + kTileKeys * stride);
       }
       transpose(x);
       for (int i = 0; i < lanes; ++i) store(out + (d + i) * kTileKeys + key, x[i]);
@@ -211,7 +244,7 @@ inline void pack_rows(const void* in, int64_t stride, int64_t n, int64_t dim, fl
     int64_t d = 0;
     for (; d + 16 <= dim; d += 16) {
       store(out + key * out_stride + d, load_as<kDType>(in, key * stride + d));
-      if (kDType == 0 || d % 32 == 0) prefetch<kDType>(in, (key + kTileKeys) * stride + d);
+      if (d % (16 * kLineVecs<kDType>) == 0) prefetch<kDType>(in, (key + kTileKeys) * stride + d);
     }
     if (d < dim) store(out + key * out_stride + d, load_as_n<kDType>(in, key * stride + d, static_cast<int>(dim - d)));
   }

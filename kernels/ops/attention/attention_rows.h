@@ -13,12 +13,15 @@ constexpr float kMasked = -INFINITY;
 
 template <int kDType>
 inline const void* element(const void* base, int64_t i) {
-  return static_cast<const char*>(base) + i * (kDType == 0 ? 4 : 2);
+  return static_cast<const char*>(base) + i * (kDType == 0 ? 4 : kDType == 3 ? 1 : 2);
 }
+// of queries and outputs: beside int8 keys and values they are bfloat16
+template <int kDType>
+constexpr int kQueryType = kDType == 3 ? 1 : kDType;
 
 template <int kDType>
 class AttentionRows {
- protected:
+ public:
   AttentionRows(const AttentionParams& params, const AttentionJob& job) : p_(params), job_(job) {}
 
   const void* key_at(int64_t key) const {
@@ -31,6 +34,10 @@ class AttentionRows {
   const void* value_at(int64_t key) const {
     return element<kDType>(p_.v, job_.b * p_.v_stride.b + job_.kv_head * p_.v_stride.h + key * p_.v_stride.t);
   }
+  const float* key_scales_at(int64_t key) const { return p_.k_scale + job_.kv_head * p_.scale_stride + key; }
+  const float* value_scales_at(int64_t key) const { return p_.v_scale + job_.kv_head * p_.scale_stride + key; }
+
+ protected:
   int64_t head_of(int64_t row, int64_t position) const {
     return job_.kv_head * p_.group() + row - position * p_.group();
   }
@@ -87,16 +94,23 @@ class AttentionRows {
     normalise(row, o, width, sum);
     const int64_t at = out_at(row);
     int64_t d = 0;
-    for (; d + 16 <= p_.dim_v; d += 16) store_as<kDType>(p_.out, at + d, load(o + d));
-    if (d < p_.dim_v) store_as_n<kDType>(p_.out, at + d, load(o + d), static_cast<int>(p_.dim_v - d));
+    for (; d + 16 <= p_.dim_v; d += 16) store_as<kQueryType<kDType>>(p_.out, at + d, load(o + d));
+    if (d < p_.dim_v) store_as_n<kQueryType<kDType>>(p_.out, at + d, load(o + d), static_cast<int>(p_.dim_v - d));
   }
 
   const AttentionParams& p_;
   const AttentionJob& job_;
 
  private:
+  template <int>
+  friend class AttentionRows;
+
   // the row again, key by key, touching visible keys only
   void exact_row(int64_t row, float* o, int64_t width) const {
+    // the loops in bfloat16 take int8 keys and values as well
+    if constexpr (kDType == 1) {
+      if (p_.k_scale) return AttentionRows<3>(p_, job_).exact_row(row, o, width);
+    }
     const int64_t position = row / p_.group(), head = head_of(row, position);
     const int64_t first = low_of(position), last = high_of(position);
     const auto visible = [&](int64_t key) {
@@ -111,8 +125,9 @@ class AttentionRows {
     for (int64_t d = 0; d < width; d += 16) store(o + d, zero_f32());
     for (int64_t key = first; key < last; ++key) {
       if (!visible(key)) continue;
-      const float w = std::exp(score(head, position, key) - top);
+      float w = std::exp(score(head, position, key) - top);
       sum += w;
+      if (kDType == 3) w *= *value_scales_at(key);
       for (int64_t d = 0; d < p_.dim_v; d += 16) {
         const int lanes = static_cast<int>(std::min<int64_t>(16, p_.dim_v - d));
         store(o + d, fmadd(set1(w), load_as_n<kDType>(value_at(key), d, lanes), load(o + d)));
@@ -124,16 +139,18 @@ class AttentionRows {
 
   float score(int64_t head, int64_t position, int64_t key) const {
     const Strides &s = p_.q_stride, &t = p_.q_rope_stride;
-    float sum = dot(element<kDType>(p_.q, job_.b * s.b + head * s.h + position * s.t), key_at(key), p_.dim);
+    float sum = dot(element<kQueryType<kDType>>(p_.q, job_.b * s.b + head * s.h + position * s.t), key_at(key), p_.dim);
     if (p_.k_rope)
-      sum += dot(element<kDType>(p_.q_rope, job_.b * t.b + head * t.h + position * t.t), key_rope_at(key), p_.dim_rope);
+      sum += dot(element<kQueryType<kDType>>(p_.q_rope, job_.b * t.b + head * t.h + position * t.t), key_rope_at(key),
+                 p_.dim_rope);
+    if (kDType == 3) sum *= *key_scales_at(key);
     return sum * p_.scale;
   }
   static float dot(const void* a, const void* b, int64_t dim) {
     F32x16 sum = zero_f32();
     for (int64_t d = 0; d < dim; d += 16) {
       const int lanes = static_cast<int>(std::min<int64_t>(16, dim - d));
-      sum = fmadd(load_as_n<kDType>(a, d, lanes), load_as_n<kDType>(b, d, lanes), sum);
+      sum = fmadd(load_as_n<kQueryType<kDType>>(a, d, lanes), load_as_n<kDType>(b, d, lanes), sum);
     }
     return reduce_add(sum);
   }

@@ -169,6 +169,7 @@ class PrefillPacking : AttentionRows<1> {
   void run(int64_t key, uint16_t* out) const {
     const PrefillLayout layout(p_, 0);
     const uint32_t seen = seen_of(key);
+    if (p_.k_scale) return run_s8(key, seen, layout, out);
     const int64_t rope = round_up(p_.dim, kBlock);
     for (int64_t i = 0; i < kBlock; i += 16) {
       uint16_t* panel = out + i * layout.depth;
@@ -182,6 +183,35 @@ class PrefillPacking : AttentionRows<1> {
   }
 
  private:
+  // the same of int8 keys and values, 32 dimensions at a time by way of bfloat16
+  void run_s8(int64_t key, uint32_t seen, const PrefillLayout& layout, uint16_t* out) const {
+    const AttentionRows<3> rows(p_, job_);
+    alignas(64) uint16_t some[kBlock * kBlock];
+    for (int64_t d = 0; d < p_.dim; d += kBlock) {
+      const int64_t count = std::min(kBlock, p_.dim - d);
+      dequantize(rows.key_at(key), rows.key_scales_at(key), p_.k_stride.t, seen, d, count, some);
+      for (int64_t i = 0; i < kBlock; i += 16)
+        pack_panel(some + i * kBlock, kBlock, seen >> i, count, out + i * layout.depth + d * 16);
+    }
+    for (int64_t d = 0; d < p_.dim_v; d += kBlock) {
+      const int64_t count = std::min(kBlock, p_.dim_v - d);
+      dequantize(rows.value_at(key), rows.value_scales_at(key), p_.v_stride.t, seen, d, count, some);
+      pack_values(some, kBlock, seen, count, out + kBlock * layout.depth + d / 16 * kPanelStep);
+    }
+  }
+
+  // dimensions [d, d + count) of the keys that are seen, [32, 32]
+  static void dequantize(const void* in, const float* scales, int64_t stride, uint32_t seen, int64_t d, int64_t count,
+                         uint16_t* out) {
+    for (int64_t i = 0; i < kBlock; ++i) {
+      if (!(seen >> i & 1)) continue;
+      for (int64_t j = 0; j < count; j += 16) {
+        const int n = static_cast<int>(std::min<int64_t>(16, count - j));
+        store_bf16(out + i * kBlock + j, mul(load_as_n<3>(in, i * stride + d + j, n), set1(scales[i])));
+      }
+    }
+  }
+
   // a bit for each of 32 keys that is there and not hidden from all
   uint32_t seen_of(int64_t key) const {
     const int64_t n = std::min(kBlock, p_.tk - key);

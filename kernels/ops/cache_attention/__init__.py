@@ -16,33 +16,36 @@ __all__ = ["cache_attention"]
 
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
 _LIBRARY.define(
-    "cache_attention(Tensor q, Tensor k, Tensor v, Tensor seq, Tensor slot, Tensor? start, float scale, Tensor(a!) out) "
-    "-> ()"
+    "cache_attention(Tensor q, Tensor k, Tensor v, Tensor seq, Tensor slot, Tensor? start, float scale, Tensor(a!) out, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()"
 )
 
 
 def cache_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, seq: torch.Tensor, slot: torch.Tensor,
-    scale: float, start: torch.Tensor | None = None,
+    scale: float, start: torch.Tensor | None = None, k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """``out[t] = softmax(scale * q[t] @ keys.T) @ values``: slots ``start .. slot[t]`` of sequence ``seq[t]``, head by head.
 
     Args:
-        q: ``[T, H, D]`` of the cache's dtype, contiguous.
-        k: ``[S, Hk, C, D]`` float32, bfloat16 or float16, contiguous, Hk a divisor of H.
+        q: ``[T, H, D]`` of the cache's dtype (bfloat16 beside int8), contiguous.
+        k: ``[S, Hk, C, D]`` float32, bfloat16, float16 or int8, contiguous, Hk a divisor of H.
         v: likewise.
-        out: ``[T, H * D]`` of the cache's dtype, contiguous, written.
+        out: ``[T, H * D]`` of q's dtype, contiguous, written.
         seq: ``[T]`` int32, in ``[0, S)``.
         slot: ``[T]`` int32, in ``[0, C)``.
         scale: factor on the scores.
         start: ``[S]`` int32, the first slot that a sequence's rows see (left padding lies before it), or None: 0.
+        k_scale: ``[S, Hk, C]`` float32, of an int8 cache only: a head of a token is ``scale * k``.
+        v_scale: likewise.
 
     Raises:
         InputError: shapes or dtypes do not fit together.
         IndexError: a sequence or slot is out of range.
         NativeLibraryError: the compiled kernels are not installed.
     """
-    args = (q, k, v, seq, slot, start, scale, out)
+    args = (q, k, v, seq, slot, start, scale, out, k_scale, v_scale)
     if torch.compiler.is_compiling():
         torch.ops.llmopt.cache_attention(*args)
     else:
@@ -51,17 +54,19 @@ def cache_attention(
 
 def _cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor,
-    start: torch.Tensor | None, scale: float, out: torch.Tensor,
+    start: torch.Tensor | None, scale: float, out: torch.Tensor, k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     try:
-        native.library().cache_attention(q, k, v, seq, slot, start, scale, out)
+        native.library().cache_attention(q, k, v, seq, slot, start, scale, out, k_scale, v_scale)
     except ValueError as error:
         raise InputError(f"cache_attention: {error}") from None
 
 
 def _fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor,
-    start: torch.Tensor | None, scale: float, out: torch.Tensor,
+    start: torch.Tensor | None, scale: float, out: torch.Tensor, k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     width = q.shape[1] * q.shape[2]
     torch._check(out.shape == (q.shape[0], width), lambda: f"out: expected shape {(q.shape[0], width)}")

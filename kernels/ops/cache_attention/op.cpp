@@ -45,15 +45,18 @@ struct Run {
 
 AttentionParams params_of(const Given& g, const Run& run) {
   AttentionParams p{};
-  const size_t element = g.cache.dtype == DType::kF32 ? 4 : 2;
-  const auto at = [&](const void* base, int64_t i) { return static_cast<const char*>(base) + i * element; };
+  const auto at = [](const void* base, int64_t i, DType dtype) {
+    return static_cast<const char*>(base) + i * bytes_of(dtype);
+  };
   const int64_t dim = g.cache.dim, width = g.heads * dim;
   p.batch = 1, p.heads = g.heads, p.kv_heads = g.cache.kv_heads;
   p.tq = run.count, p.tk = run.keys, p.dim = p.dim_v = dim;
-  p.q = at(g.q, run.first * width);
-  p.out = const_cast<char*>(at(g.out, run.first * width));
+  p.q = at(g.q, run.first * width, g.cache.query_dtype());
+  p.out = const_cast<char*>(at(g.out, run.first * width, g.cache.query_dtype()));
   const int64_t begin = run.seq * g.cache.seq_stride + run.start * dim;
-  p.k = at(g.k, begin), p.v = at(g.v, begin);
+  p.k = at(g.k, begin, g.cache.dtype), p.v = at(g.v, begin, g.cache.dtype);
+  if (g.cache.k_scale) p.k_scale = g.cache.k_scale + begin / dim, p.v_scale = g.cache.v_scale + begin / dim;
+  p.scale_stride = g.cache.capacity;
   p.q_stride = {0, dim, width};
   p.k_stride = p.v_stride = {0, g.cache.head_stride, dim};
   p.scale = g.scale, p.causal = true;
@@ -178,7 +181,7 @@ struct Shared {
 // The loops in bfloat16 for long runs, or null. Weights there come from the largest unscaled score, so not with a scale
 // below zero.
 const PrefillKernels* long_run_kernels(const Given& g) {
-  return g.cache.dtype == DType::kBF16 && g.scale > 0.0f ? prefill_kernels(active_isa()) : nullptr;
+  return g.cache.query_dtype() == DType::kBF16 && g.scale > 0.0f ? prefill_kernels(active_isa()) : nullptr;
 }
 
 void attention_part(const Given& g, Shared& shared, const Team& team) {
@@ -205,17 +208,21 @@ void attention_part(const Given& g, Shared& shared, const Team& team) {
 }
 
 void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, TensorView slot,
-                     Optional<TensorView> start, double scale, TensorView out) {
+                     Optional<TensorView> start, double scale, TensorView out, Optional<TensorView> k_scale,
+                     Optional<TensorView> v_scale) {
   Given g{};
   g.cache = cache_shape(k, v);
+  add_scales(g.cache, k_scale, v_scale);
   check_cpu("q", q), check_cpu("out", out);
   check_shape("q", q, {-1, -1, g.cache.dim});
   check_contiguous("q", q);
-  check_same_dtype("q", q, "k", g.cache.dtype);
+  check_query("q", q, g.cache);
   check_shape("out", out, {q.size(0), q.size(1) * g.cache.dim});
   check_contiguous("out", out);
-  check_same_dtype("out", out, "k", g.cache.dtype);
+  check_query("out", out, g.cache);
   g.tokens = q.size(0), g.heads = q.size(1);
+  if (g.cache.dtype == DType::kS8 && g.cache.dim > 4096)
+    TVM_FFI_THROW(ValueError) << "k: expected a head size of at most 4096 in int8, got " << g.cache.dim;
   if (g.heads < 1 || g.cache.dim < 1) TVM_FFI_THROW(ValueError) << "q: expected at least one head and one value";
   if (g.cache.kv_heads == 0 || g.heads % g.cache.kv_heads != 0)
     TVM_FFI_THROW(ValueError) << "k: expected a number of heads that divides q's " << g.heads << ", got "

@@ -19,13 +19,14 @@ const float* head_norm(const char* name, const Optional<TensorView>& t, int64_t 
 
 void rope_cache(TensorView qkv, Optional<TensorView> q_norm, Optional<TensorView> k_norm, double eps, TensorView cos,
                 TensorView sin, TensorView position, TensorView seq, TensorView slot, bool interleaved, TensorView q,
-                TensorView k, TensorView v) {
+                TensorView k, TensorView v, Optional<TensorView> k_scale, Optional<TensorView> v_scale) {
   RopeCacheParams p{};
-  const CacheShape cache = cache_shape(k, v);
+  CacheShape cache = cache_shape(k, v);
+  add_scales(cache, k_scale, v_scale);
   check_cpu("q", q);
   check_shape("q", q, {-1, -1, cache.dim});
   check_contiguous("q", q);
-  check_same_dtype("q", q, "k", cache.dtype);
+  check_query("q", q, cache);
   p.tokens = q.size(0), p.heads = q.size(1), p.dim = cache.dim, p.kv_heads = cache.kv_heads;
   if (p.dim > 512) TVM_FFI_THROW(ValueError) << "q: expected a head size of at most 512, got " << p.dim;
   p.qkv = check_floats("qkv", qkv, {p.tokens, (p.heads + 2 * p.kv_heads) * p.dim});
@@ -39,6 +40,7 @@ void rope_cache(TensorView qkv, Optional<TensorView> q_norm, Optional<TensorView
   p.position = check_i32("position", position, p.tokens);
   p.seq = check_i32("seq", seq, p.tokens), p.slot = check_i32("slot", slot, p.tokens);
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+  p.k_scale = cache.k_scale, p.v_scale = cache.v_scale;
   p.seq_stride = cache.seq_stride, p.head_stride = cache.head_stride;
   p.interleaved = interleaved, p.dtype = static_cast<int>(cache.dtype);
   check_rows({p.position, p.seq, p.slot}, p.tokens, cos.size(0), cache);

@@ -16,10 +16,11 @@ struct RopeCacheParams {
   const int32_t* slot;              // [T]; place in the cache
   void* q;                          // [T, heads, dim]
   void *k, *v;                      // [sequences, kv_heads, capacity, dim]
+  float *k_scale, *v_scale;         // [sequences, kv_heads, capacity] of an int8 cache
   int64_t seq_stride, head_stride;  // elements of the cache
   int64_t tokens, heads, kv_heads, dim, rotary;
   bool interleaved;  // pairs (2i, 2i + 1) rather than (i, i + rotary / 2)
-  int dtype;         // of q, k and v
+  int dtype;         // of k and v, and of q but for int8: then bfloat16
 };
 
 struct RopeCacheKernels {

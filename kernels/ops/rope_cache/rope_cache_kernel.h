@@ -1,6 +1,7 @@
 // qk-norm, rotary embedding (Su et al. 2021, arXiv 2104.09864) and the write into the KV cache, one head at a time.
 #pragma once
 #include <cmath>
+#include <cstring>
 
 #include "rope_cache.h"
 #include "simd_math.h"
@@ -43,6 +44,24 @@ void store_head(const float* x, void* out, int64_t at, int64_t dim) {
     store_as_n<kDType>(out, at + d, load(x + d), dim - d < 16 ? static_cast<int>(dim - d) : 16);
 }
 
+// As int8, symmetric, with the scale beside it. What is not finite makes the scale so, and with it every value read back;
+// a head below 1e-30 becomes zero.
+inline void store_head_s8(const float* x, int8_t* out, float* scale, int64_t dim) {
+  I32x16 bits = zero_i32();
+  for (int64_t d = 0; d < dim; d += 16) bits = max(bits, abs_bits(load(x + d)));
+  const int32_t top_bits = reduce_max(bits);
+  float top;
+  std::memcpy(&top, &top_bits, 4);
+  const bool zero = top < 1e-30f;
+  *scale = zero ? 0.0f : top / 127.0f;
+  const F32x16 inverse = set1(zero ? 0.0f : 127.0f / top);
+  for (int64_t d = 0; d < dim; d += 16) {
+    int8_t codes[16];
+    store_s8(codes, mul(load(x + d), inverse));
+    std::memcpy(out + d, codes, static_cast<size_t>(dim - d < 16 ? dim - d : 16));
+  }
+}
+
 template <int kDType>
 void rope_cache_heads(const RopeCacheParams& p, int64_t begin, int64_t end) {
   const int64_t all = p.heads + 2 * p.kv_heads, half = p.rotary / 2;
@@ -60,11 +79,14 @@ void rope_cache_heads(const RopeCacheParams& p, int64_t begin, int64_t end) {
       p.interleaved ? rotate_pairs(x, cos, sin, half) : rotate_halves(x, cos, sin, half);
     }
     if (query) {
-      store_head<kDType>(x, p.q, (token * p.heads + head) * p.dim, p.dim);
+      store_head<kDType == 3 ? 1 : kDType>(x, p.q, (token * p.heads + head) * p.dim, p.dim);
     } else {
       const int64_t kv_head = (head - p.heads) % p.kv_heads;
       const int64_t at = p.seq[token] * p.seq_stride + kv_head * p.head_stride + p.slot[token] * p.dim;
-      store_head<kDType>(x, key ? p.k : p.v, at, p.dim);
+      if constexpr (kDType == 3)
+        store_head_s8(x, static_cast<int8_t*>(key ? p.k : p.v) + at, (key ? p.k_scale : p.v_scale) + at / p.dim, p.dim);
+      else
+        store_head<kDType>(x, key ? p.k : p.v, at, p.dim);
     }
   }
 }
@@ -73,6 +95,7 @@ inline void rope_cache(const RopeCacheParams& p, int64_t begin, int64_t end) {
   if (p.dtype == 0) rope_cache_heads<0>(p, begin, end);
   if (p.dtype == 1) rope_cache_heads<1>(p, begin, end);
   if (p.dtype == 2) rope_cache_heads<2>(p, begin, end);
+  if (p.dtype == 3) rope_cache_heads<3>(p, begin, end);
 }
 
 inline RopeCacheKernels make_rope_cache_kernels() { return {rope_cache}; }

@@ -20,7 +20,7 @@ from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patc
 
 __all__ = ["FuseKernels"]
 
-_KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 # the trial of a screened head: positions, the share with the same top-1 that is asked for, and the share of rows scored with
 # 8 bits from which the screen saves too little
 _TRIAL_TOKENS, _LEAST_AGREEMENT, _MOST_SCORED = 128, 0.999, 0.1
@@ -31,7 +31,9 @@ class FuseKernels(Pass):
     """Fused kernels and the decode loop.
 
     Args:
-        kv_dtype: of the KV cache: "bf16", "fp16" or "fp32"; None: the model's dtype.
+        kv_dtype: of the KV cache: "bf16", "fp16", "fp32" or "int8"; None: the model's dtype. "int8" takes about half the bytes
+            of bf16: each head of a token has a float32 scale. It changes outputs, which the receipt's quality figures show;
+            not for latent attention (DeepSeek).
         screened_head: find greedy tokens by an 8-bit head's high nibbles, and score with all 8 bits only the rows that may win;
             whatever looks at logits gets all of them. None: where the head is large enough and a trial finds the same tokens.
         prompt_lookup: most tokens to guess from what followed the same words earlier in the sequence (0 to 15; 0: none).
@@ -64,7 +66,7 @@ class FuseKernels(Pass):
         from llmopt.runtime.engine import Engine
 
         try:
-            engine = Engine(ctx.resolved)
+            engine = Engine(ctx.resolved, kv_dtype=self._kv_dtype())
         except UnsupportedModelError as error:
             return Verdict(False, str(error))
         reason = screen.unfit(engine.head) if self.screened_head else ""
@@ -78,12 +80,12 @@ class FuseKernels(Pass):
         ctx.emit(Event("progress", self.name, "fusing the decoder"))
         resolved, fallbacks = ctx.resolved, dict[str, int]()
         model: Any = resolved.model
-        current = _Current(resolved, self.screened_head)
+        kv_dtype = self._kv_dtype()
+        current = _Current(resolved, self.screened_head, kv_dtype)
         head, trial = self._head(ctx, current)
         stack = model.get_submodule(resolved.family.layers.rpartition(".")[0])
-        kv_dtype = None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
         lookup = Lookup(self.prompt_lookup) if self.prompt_lookup else None
-        generation = Generation(model, current.get, kv_dtype, lookup)
+        generation = Generation(model, current.get, lookup)
         # the head as given and the one that stands there now: other passes' patches may be off while this one is on
         heads: dict[int, nn.Module] = {
             id(head): head for head in (resolved.head.module, getattr(resolved.head.parent, resolved.head.attr))
@@ -100,11 +102,20 @@ class FuseKernels(Pass):
                 "decoder layers": "fused CPU kernels",
                 "generate": "recorded decode step",
                 "head": head,
-                "kv cache": str(kv_dtype or resolved.dtype).removeprefix("torch."),
+                "kv cache": _name_of(kv_dtype or resolved.dtype),
             },
         )
-        details = {"fallbacks_to_own_forward": fallbacks, "prompt_lookup": generation.lookup_counts, **trial}
-        return Applied(Patch(swaps, on_enable=current.forget), coverage, details)
+        details = {
+            "kv_dtype": str(kv_dtype or resolved.dtype).removeprefix("torch."),
+            "fallbacks_to_own_forward": fallbacks,
+            "prompt_lookup": generation.lookup_counts,
+            **trial,
+        }
+        patch = Patch(swaps, on_enable=current.forget)
+        return Applied(patch, coverage, details, changes_numerics=kv_dtype == torch.int8)
+
+    def _kv_dtype(self) -> torch.dtype | None:
+        return None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
 
     def _head(self, ctx: PassContext, current: _Current) -> tuple[str, dict[str, Any]]:
         """How greedy tokens are found, and the trial of a screened head if there was one."""
@@ -124,18 +135,23 @@ class FuseKernels(Pass):
         return "greedy: all rows in 4 bits, those that may win in 8", trial
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}, a float32 scale for each head and token" if dtype == torch.int8 else name
+
+
 class _Current:
     """The engine for the modules as they are now: made when first asked for, forgotten when patches change."""
 
-    def __init__(self, resolved: ResolvedModel, screened: bool | None) -> None:
-        self._resolved, self.screened = resolved, screened
+    def __init__(self, resolved: ResolvedModel, screened: bool | None, kv_dtype: torch.dtype | None) -> None:
+        self._resolved, self.screened, self._kv_dtype = resolved, screened, kv_dtype
         self._engine: Any = None
 
     def get(self) -> Any:
         if self._engine is None:
             from llmopt.runtime.engine import Engine
 
-            self._engine = Engine(self._resolved, self.screened)
+            self._engine = Engine(self._resolved, self.screened, self._kv_dtype)
         return self._engine
 
     def forget(self) -> None:
