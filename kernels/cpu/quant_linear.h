@@ -2,7 +2,7 @@
 //
 // Weights: tiles of 16 output rows, one contiguous block of bytes a tile, read front to back:
 //   [num_groups][16] float16 scales | [num_groups][16] int16 sums of the group's q - zero | [num_groups][16] uint8 zeros
-//   (asymmetric only) | padding to 64 | vectors of 64 bytes
+//   (asymmetric only) | padding | vectors of 64 bytes
 // A vector's lane r (4 bytes) belongs to row r: low nibbles are k = 8j..8j+3, high nibbles k = 8j+4..8j+7. int8 (stored plus
 // 128): first such vectors of the codes' high nibbles, then of their low nibbles: two planes, of which the first is the weight
 // at 4 bits. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when symmetric. in_features is padded to whole
@@ -31,7 +31,8 @@ struct QuantWeight {
   int64_t num_tiles() const { return (rows + 15) / 16; }
   int64_t num_groups() const { return (cols + group - 1) / group; }
   int64_t padded_cols() const { return num_groups() * group; }
-  int64_t header_bytes() const { return (num_groups() * 16 * (asymmetric ? 5 : 4) + 63) / 64 * 64; }
+  // an odd number of lines, so that tiles some powers of two apart do not share their places in the caches
+  int64_t header_bytes() const { return ((num_groups() * 16 * (asymmetric ? 5 : 4) + 63) / 64 | 1) * 64; }
   int64_t plane_bytes() const { return padded_cols() * 8; }  // 4 bits of each weight of a tile
   // from one tile to the next
   int64_t tile_bytes() const { return header_bytes() + plane_bytes() * (bits == 8 || high_plane ? 2 : 1); }

@@ -205,12 +205,22 @@ void stream_product(const QuantWeight& w, const QuantTokens& x, int64_t t, int64
     for (int m = 0; m < kM; ++m) store_rows(y, m, 16 * (t + s * apart), w.rows, total[s][m]);
 }
 
+// Tiles that each of `streams` streams takes of `tiles`; what is left over comes afterwards. Streams a multiple of 4096
+// bytes apart would take each other's places in the caches: a tenth slower.
+inline int64_t stream_tiles_of(const QuantWeight& w, int64_t tiles, int64_t streams) {
+  const int64_t part = tiles / streams;
+  return part > 1 && part * w.tile_bytes() % 4096 == 0 ? part - 1 : part;
+}
+
 template <int kBits, int kM>
-void stream(const QuantWeight& w, const QuantTokens& x, int64_t begin, int64_t end, const Output& y) {
+void stream(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t end, const Output& y) {
   constexpr int kStreams = 4 / kM;
-  const int64_t part = (end - begin) / kStreams;
-  for (int64_t t = begin; t < begin + part; ++t) stream_product<kBits, kM, kStreams>(w, x, t, part, y);
-  for (int64_t t = begin + kStreams * part; t < end; ++t) stream_product<kBits, kM, 1>(w, x, t, 0, y);
+  while (end - t >= kStreams) {
+    const int64_t part = stream_tiles_of(w, end - t, kStreams), next = t + kStreams * part;
+    for (const int64_t until = t + part; t < until; ++t) stream_product<kBits, kM, kStreams>(w, x, t, part, y);
+    t = next;
+  }
+  for (; t < end; ++t) stream_product<kBits, kM, 1>(w, x, t, 0, y);
 }
 
 // kS / 2 tiles of either weight, `apart` tiles from each other
@@ -231,12 +241,16 @@ void gated_stream_product(const QuantWeight& gate, const QuantWeight& up, const 
 }
 
 template <int kBits, int kM>
-void gated_stream(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t begin, int64_t end,
+void gated_stream(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t t, int64_t end,
                   const Output& y) {
   constexpr int kPairs = 2 / kM;
-  const int64_t part = (end - begin) / kPairs;
-  for (int64_t t = begin; t < begin + part; ++t) gated_stream_product<kBits, kM, 2 * kPairs>(gate, up, x, t, part, y);
-  for (int64_t t = begin + kPairs * part; t < end; ++t) gated_stream_product<kBits, kM, 2>(gate, up, x, t, 0, y);
+  while (end - t >= kPairs) {
+    const int64_t part = stream_tiles_of(gate, end - t, kPairs), next = t + kPairs * part;
+    for (const int64_t until = t + part; t < until; ++t)
+      gated_stream_product<kBits, kM, 2 * kPairs>(gate, up, x, t, part, y);
+    t = next;
+  }
+  for (; t < end; ++t) gated_stream_product<kBits, kM, 2>(gate, up, x, t, 0, y);
 }
 
 inline void gated_product(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t tokens,

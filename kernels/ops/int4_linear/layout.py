@@ -2,7 +2,7 @@
 
 Tiles of 16 output rows, each one contiguous block of bytes (kernels/cpu/quant_linear.h has the picture):
 float16 scales ``[num_groups, 16]``, then int16 sums of a group's ``q - zero``, then uint8 zeros when asymmetric, both of the
-same shape, padding to 64 bytes, then vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles
+same shape, padding to an odd number of 64-byte lines, then vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles
 and the next four in the high ones.
 int8 (stored plus 128) is two such planes: the codes' high nibbles, then their low nibbles. ``in_features`` is padded to
 whole groups with the zero point, rows to whole tiles.
@@ -20,15 +20,15 @@ TILE_ROWS = 16
 KERNEL_GROUPS = (32, 64, 128)
 
 
-def _round_up(x: int, to: int) -> int:
-    return (x + to - 1) // to * to
+def _header_bytes(size: int) -> int:
+    """An odd number of lines of 64 bytes: kernels/cpu/quant_linear.h says why."""
+    return (-(-size // 64) | 1) * 64
 
 
 def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool) -> int:
     """Bytes of one tile of 16 rows."""
     groups = -(-in_features // group_size)
-    header = _round_up(groups * TILE_ROWS * (5 if asymmetric else 4), 64)
-    return header + plane_bytes(in_features, group_size) * (bits // 4)
+    return _header_bytes(groups * TILE_ROWS * (5 if asymmetric else 4)) + plane_bytes(in_features, group_size) * (bits // 4)
 
 
 def plane_bytes(in_features: int, group_size: int) -> int:
@@ -123,7 +123,7 @@ def _header(
     if zeros is not None:
         parts.append(by_tile(zeros.to(torch.uint8)))
     size = sum(p.shape[-1] for p in parts)
-    parts.append(torch.zeros(*lead, tiles, -size % 64, dtype=torch.uint8, device=scales.device))
+    parts.append(torch.zeros(*lead, tiles, _header_bytes(size) - size, dtype=torch.uint8, device=scales.device))
     return torch.cat(parts, -1)
 
 

@@ -6,7 +6,6 @@ import torch
 
 from llmopt.ops.int4_linear import layout
 
-
 STEPS = 253.0  # of a group's range: kSteps in kernels/cpu/quant_linear_kernel.h
 
 
