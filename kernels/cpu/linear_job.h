@@ -68,10 +68,11 @@ inline PreparedTokens token_buffers(Scratch& scratch, const LinearJob& job, int6
   const size_t q_bytes = (static_cast<size_t>(tokens * cols) + 63) / 64 * 64;
   const size_t count = static_cast<size_t>(tokens * groups);
   const size_t floats = dense ? static_cast<size_t>(tokens * padded_cols(dense->cols())) : 0;
-  unsigned char* base = scratch.get(q_bytes + (floats + 2 * count) * 4);
+  unsigned char* base = scratch.get(q_bytes + (floats + 3 * count) * 4);
   auto* values = reinterpret_cast<float*>(base + q_bytes);
-  float* scales = values + floats;
-  return {{reinterpret_cast<int8_t*>(base), scales, reinterpret_cast<int32_t*>(scales + count), cols, groups}, values};
+  float *scales = values + floats, *offsets = scales + count;
+  auto* sums = reinterpret_cast<int32_t*>(offsets + count);
+  return {{reinterpret_cast<int8_t*>(base), scales, offsets, sums, cols, groups}, values};
 }
 
 inline void prepare_tokens(const LinearJob& job, Share tokens, const PreparedTokens& out) {

@@ -1,16 +1,19 @@
 // The int4 and int8 weight formats and the functions every ISA provides for them.
 //
 // Weights: tiles of 16 output rows, one contiguous block of bytes a tile, read front to back:
-//   [num_groups][16] float16 scales | [num_groups][16] uint8 zeros (asymmetric only) | padding to 64 | vectors of 64 bytes
+//   [num_groups][16] float16 scales | [num_groups][16] int16 sums of the group's q - zero | [num_groups][16] uint8 zeros
+//   (asymmetric only) | padding | vectors of 64 bytes
 // A vector's lane r (4 bytes) belongs to row r: low nibbles are k = 8j..8j+3, high nibbles k = 8j+4..8j+7. int8 (stored plus
 // 128): first such vectors of the codes' high nibbles, then of their low nibbles: two planes, of which the first is the weight
 // at 4 bits. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when symmetric. in_features is padded to whole
 // groups with q = zero, so that padding adds nothing.
 //
-// Activations: int8, symmetric, one scale per token and group. The zero point goes into the accumulator's start value.
+// Activations: int8, one scale and one zero point per token and group (docs/decisions/0006); value = scale * q + offset. The
+// weights' zero points go into the accumulator's start value, the offsets meet the sums of the weights.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "isa.h"
 
@@ -28,7 +31,8 @@ struct QuantWeight {
   int64_t num_tiles() const { return (rows + 15) / 16; }
   int64_t num_groups() const { return (cols + group - 1) / group; }
   int64_t padded_cols() const { return num_groups() * group; }
-  int64_t header_bytes() const { return (num_groups() * 16 * (asymmetric ? 3 : 2) + 63) / 64 * 64; }
+  // an odd number of lines, so that tiles some powers of two apart do not share their places in the caches
+  int64_t header_bytes() const { return ((num_groups() * 16 * (asymmetric ? 5 : 4) + 63) / 64 | 1) * 64; }
   int64_t plane_bytes() const { return padded_cols() * 8; }  // 4 bits of each weight of a tile
   // from one tile to the next
   int64_t tile_bytes() const { return header_bytes() + plane_bytes() * (bits == 8 || high_plane ? 2 : 1); }
@@ -36,10 +40,25 @@ struct QuantWeight {
 
 // Quantized activations of `tokens` tokens, in caller-owned memory.
 struct QuantTokens {
-  int8_t* q;      // [tokens, padded_cols]
-  float* scales;  // [tokens, num_groups]
-  int32_t* sums;  // [tokens, num_groups]
+  int8_t* q;       // [tokens, padded_cols]
+  float* scales;   // [tokens, num_groups]
+  float* offsets;  // [tokens, num_groups]
+  int32_t* sums;   // [tokens, num_groups], of q
   int64_t padded_cols, num_groups;
+
+  // the tokens from `token` on
+  QuantTokens from(int64_t token) const {
+    const int64_t group = token * num_groups;
+    return {q + token * padded_cols, scales + group, offsets + group, sums + group, padded_cols, num_groups};
+  }
+  void copy_from(const QuantTokens& other, int64_t theirs, int64_t ours) const {
+    const QuantTokens a = other.from(theirs), b = from(ours);
+    const auto groups = static_cast<size_t>(num_groups) * 4;
+    std::memcpy(b.q, a.q, static_cast<size_t>(padded_cols));
+    std::memcpy(b.scales, a.scales, groups);
+    std::memcpy(b.offsets, a.offsets, groups);
+    std::memcpy(b.sums, a.sums, groups);
+  }
 };
 
 // Activations as they come: rows of `cols` values, optionally to be normalized on the way (RMSNorm, Zhang & Sennrich 2019:

@@ -41,35 +41,40 @@ F32x16 source_values(const TokenSource& x, int64_t token, int64_t k, int n, F32x
   return x.norm ? mul(mul(v, inverse), n == 16 ? load(x.norm + k) : load_n(x.norm + k, n)) : v;
 }
 
+// Steps of a group's range: codes from -127 to 126, and one for what rounding both ends may add.
+constexpr double kSteps = 253.0;
+
 template <int kDType>
 void quantize_tokens(const TokenSource& x, int group, int64_t begin, int64_t end, const QuantTokens& out) {
   for (int64_t t = begin; t < end; ++t) {
     const F32x16 inverse_norm = set1(x.norm ? inverse_rms<kDType>(x, t) : 1.0f);
     int8_t* q = out.q + t * out.padded_cols;
     for (int64_t g = 0; g < out.num_groups; ++g) {
-      const int64_t k0 = g * group, real = x.cols - k0 < group ? x.cols - k0 : group;
-      F32x16 values[8];
+      const int64_t k0 = g * group, at = t * out.num_groups + g, real = x.cols - k0 < group ? x.cols - k0 : group;
+      F32x16 values[8], high = zero_f32(), low = zero_f32();
       I32x16 biggest = zero_i32();
       for (int i = 0; i < group / 16; ++i) {
         const int64_t left = real - 16 * i;
         const int n = left >= 16 ? 16 : (left > 0 ? static_cast<int>(left) : 0);
         values[i] = n > 0 ? source_values<kDType>(x, t, k0 + 16 * i, n, inverse_norm) : zero_f32();
         biggest = max(biggest, abs_bits(values[i]));
+        high = max(high, values[i]), low = max(low, sub(zero_f32(), values[i]));
       }
-      const int32_t bits = reduce_max(biggest);
-      float amax;
-      __builtin_memcpy(&amax, &bits, 4);
-      // below this 127 / amax overflows; such a group is zero for every purpose
-      const bool zero = amax < 1e-36f;
-      const F32x16 inverse = set1(zero ? 0.0f : 127.0f / amax);
+      const float least = -reduce_max(low);
+      const double range = static_cast<double>(reduce_max(high)) - least;  // may be twice the largest float
+      // below this the inverse overflows; such a group is zero for every purpose
+      const bool zero = range < 1e-35;
+      const float inverse = zero ? 0.0f : static_cast<float>(kSteps / range);
+      const F32x16 zero_point = sub(set1(-127.0f), round_even(mul(set1(least), set1(inverse))));
       I32x16 sum = zero_i32();
-      for (int i = 0; i < group / 16; ++i) sum = add(sum, store_s8(q + k0 + 16 * i, mul(values[i], inverse)));
+      for (int i = 0; i < group / 16; ++i)
+        sum = add(sum, store_s8(q + k0 + 16 * i, add(round_even(mul(values[i], set1(inverse))), zero_point)));
       // a NaN or Inf among the inputs must reach the output, and integers cannot carry it
-      const bool finite = bits < 0x7f800000;
-      out.scales[t * out.num_groups + g] = zero     ? 0.0f
-                                           : finite ? amax / 127.0f
-                                                    : std::numeric_limits<float>::quiet_NaN();
-      out.sums[t * out.num_groups + g] = reduce_add(sum);
+      const bool finite = reduce_max(biggest) < 0x7f800000;
+      const float scale = zero ? 0.0f : static_cast<float>(range / kSteps);
+      out.scales[at] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+      out.offsets[at] = -scale * first_lane(zero_point);
+      out.sums[at] = reduce_add(sum);
     }
   }
 }
@@ -83,12 +88,19 @@ inline void quantize(const TokenSource& x, int group, int64_t begin, int64_t end
 // where one tile's parts begin
 struct Tile {
   const uint16_t* scales;
+  const int16_t* sums;
   const uint8_t* zeros;
   const uint8_t* vectors;
 };
 inline Tile tile_at(const QuantWeight& w, int64_t t) {
   const uint8_t* base = w.data + t * w.tile_bytes();
-  return {reinterpret_cast<const uint16_t*>(base), base + w.num_groups() * 32, base + w.header_bytes()};
+  const auto* scales = reinterpret_cast<const uint16_t*>(base);
+  return {scales, reinterpret_cast<const int16_t*>(scales + w.num_groups() * 16), base + w.num_groups() * 64, base + w.header_bytes()};
+}
+
+// sums of a group's weights, row by row: what a token's offset is multiplied with
+inline F32x16 group_values(const Tile& tile, int64_t g, F32x16 scale) {
+  return mul(to_f32(load_s16(tile.sums + 16 * g)), scale);
 }
 
 // accumulator's start: minus zero * sum of the group's activations
@@ -166,12 +178,14 @@ template <int kBits, int kM, int kS>
     }
 #pragma GCC unroll 4
     for (int s = 0; s < kS; ++s) {
-      const F32x16 scale = load_f16(tile[s].scales + 16 * g);
+      const F32x16 scale = load_f16(tile[s].scales + 16 * g), values = group_values(tile[s], g, scale);
 #pragma GCC unroll 2
       for (int m = 0; m < kM; ++m) {
+        const int64_t at = m * x.num_groups + g;
         I32x16 sum = add(acc[s][m][0], acc[s][m][1]);
         if constexpr (kChains == 4) sum = add(sum, add(acc[s][m][2], acc[s][m][3]));
-        total[s][m] = fmadd(to_f32(sum), mul(scale, set1(x.scales[m * x.num_groups + g])), total[s][m]);
+        total[s][m] = fmadd(values, set1(x.offsets[at]), total[s][m]);
+        total[s][m] = fmadd(to_f32(sum), mul(scale, set1(x.scales[at])), total[s][m]);
       }
     }
   }
@@ -191,12 +205,22 @@ void stream_product(const QuantWeight& w, const QuantTokens& x, int64_t t, int64
     for (int m = 0; m < kM; ++m) store_rows(y, m, 16 * (t + s * apart), w.rows, total[s][m]);
 }
 
+// Tiles that each of `streams` streams takes of `tiles`; what is left over comes afterwards. Streams a multiple of 4096
+// bytes apart would take each other's places in the caches: a tenth slower.
+inline int64_t stream_tiles_of(const QuantWeight& w, int64_t tiles, int64_t streams) {
+  const int64_t part = tiles / streams;
+  return part > 1 && part * w.tile_bytes() % 4096 == 0 ? part - 1 : part;
+}
+
 template <int kBits, int kM>
-void stream(const QuantWeight& w, const QuantTokens& x, int64_t begin, int64_t end, const Output& y) {
+void stream(const QuantWeight& w, const QuantTokens& x, int64_t t, int64_t end, const Output& y) {
   constexpr int kStreams = 4 / kM;
-  const int64_t part = (end - begin) / kStreams;
-  for (int64_t t = begin; t < begin + part; ++t) stream_product<kBits, kM, kStreams>(w, x, t, part, y);
-  for (int64_t t = begin + kStreams * part; t < end; ++t) stream_product<kBits, kM, 1>(w, x, t, 0, y);
+  while (end - t >= kStreams) {
+    const int64_t part = stream_tiles_of(w, end - t, kStreams), next = t + kStreams * part;
+    for (const int64_t until = t + part; t < until; ++t) stream_product<kBits, kM, kStreams>(w, x, t, part, y);
+    t = next;
+  }
+  for (; t < end; ++t) stream_product<kBits, kM, 1>(w, x, t, 0, y);
 }
 
 // kS / 2 tiles of either weight, `apart` tiles from each other
@@ -217,12 +241,16 @@ void gated_stream_product(const QuantWeight& gate, const QuantWeight& up, const 
 }
 
 template <int kBits, int kM>
-void gated_stream(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t begin, int64_t end,
+void gated_stream(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t t, int64_t end,
                   const Output& y) {
   constexpr int kPairs = 2 / kM;
-  const int64_t part = (end - begin) / kPairs;
-  for (int64_t t = begin; t < begin + part; ++t) gated_stream_product<kBits, kM, 2 * kPairs>(gate, up, x, t, part, y);
-  for (int64_t t = begin + kPairs * part; t < end; ++t) gated_stream_product<kBits, kM, 2>(gate, up, x, t, 0, y);
+  while (end - t >= kPairs) {
+    const int64_t part = stream_tiles_of(gate, end - t, kPairs), next = t + kPairs * part;
+    for (const int64_t until = t + part; t < until; ++t)
+      gated_stream_product<kBits, kM, 2 * kPairs>(gate, up, x, t, part, y);
+    t = next;
+  }
+  for (; t < end; ++t) gated_stream_product<kBits, kM, 2>(gate, up, x, t, 0, y);
 }
 
 inline void gated_product(const QuantWeight& gate, const QuantWeight& up, const QuantTokens& x, int64_t tokens,
@@ -291,11 +319,12 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kT; ++i) {
-      const F32x16 scale = load_f16(tile[i].scales + 16 * g);
+      const F32x16 scale = load_f16(tile[i].scales + 16 * g), values = group_values(tile[i], g, scale);
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
-        const F32x16 s = mul(scale, set1(x.scales[(token + m) * x.num_groups + g]));
-        store(total[i][m], fmadd(to_f32(acc[i][m]), s, load(total[i][m])));
+        const int64_t at = (token + m) * x.num_groups + g;
+        const F32x16 sum = fmadd(values, set1(x.offsets[at]), load(total[i][m]));
+        store(total[i][m], fmadd(to_f32(acc[i][m]), mul(scale, set1(x.scales[at])), sum));
       }
     }
   }

@@ -110,6 +110,7 @@ inline float reduce_add(F32x16 x) {
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
+inline float first_lane(F32x16 x) { return _mm256_cvtss_f32(x.a); }
 inline float reduce_max(F32x16 x) {
   const __m256 s = _mm256_max_ps(x.a, x.b);
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -164,6 +165,10 @@ inline I32x16 set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(
 inline I32x16 add(I32x16 x, I32x16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline I32x16 mul(I32x16 x, I32x16 y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
 inline F32x16 to_f32(I32x16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I32x16 load_s16(const int16_t* p) {
+  return {_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
 inline I32x16 load_u8(const uint8_t* p) {
   const __m128i v = _mm_loadu_si128((const __m128i*)p);
   return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};

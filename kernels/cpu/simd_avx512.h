@@ -74,6 +74,7 @@ inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 fmadd(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline float reduce_add(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
+inline float first_lane(F32x16 a) { return _mm512_cvtss_f32(a.v); }
 inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 // lane j of the result is the sum of x[j]'s lanes
 inline F32x16 sum_each(const F32x16 (&x)[16]) {
@@ -129,6 +130,7 @@ inline I32x16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I32x16 mul(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline F32x16 to_f32(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I32x16 load_s16(const int16_t* p) { return {_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 // sixteen unsigned bytes, widened
 inline I32x16 load_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 

@@ -137,6 +137,7 @@ inline float reduce_add(F32x16 a) {
   for (float x : a.v) s += x;
   return s;
 }
+inline float first_lane(F32x16 a) { return a.v[0]; }
 inline float reduce_max(F32x16 a) {
   float m = a.v[0];
   for (float x : a.v) m = x > m ? x : m;
@@ -173,6 +174,11 @@ inline I32x16 mul(I32x16 a, I32x16 b) {
 }
 inline F32x16 to_f32(I32x16 a) {
   return each<F32x16>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+inline I32x16 load_s16(const int16_t* p) {
+  int16_t t[16];
+  std::memcpy(t, p, 32);
+  return each<I32x16>([&](int i) { return t[i]; });
 }
 inline I32x16 load_u8(const uint8_t* p) {
   return each<I32x16>([&](int i) { return static_cast<int32_t>(p[i]); });

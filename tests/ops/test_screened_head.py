@@ -103,12 +103,12 @@ def test_low_nibbles_decide(isa: str) -> None:
 def test_a_margin_of_the_longest_possible_error_misses_nothing(isa: str) -> None:
     # every low nibble of row 777 goes with its input's sign: its logit is 7.5 * sum of |x| above what the screen sees
     x, q = torch.ones(1, 128), torch.full((1000, 128), 128, dtype=torch.uint8)
-    q[777], q[5] = 128 + 15, 128 + 14
-    q[5, :64] += 2
+    x[:, 64:] = -1.0
+    q[777, :64] = 128 + 15
+    q[5, :61] = 128 + 16
     weight = head(q)
     assert int(all_logits(x, weight).argmax()) == 5
-    q[5, :64] -= 1
-    q[5, :40] -= 1
+    q[5, :2] = 128
     weight = head(q)
     assert int(all_logits(x, weight).argmax()) == 777
     assert chosen(x, weight, margin=7.5 * 128**0.5)[0].tolist() == [777]

@@ -66,8 +66,8 @@ struct Operands {
   const int8_t* q;  // `stride` bytes between tokens
   int64_t stride;
   const uint8_t* panel;
-  const uint16_t* row_scales;  // [groups][16]
-  const float* token_scales;   // [16][groups]
+  Tile tile;
+  const float *token_scales, *token_offsets;  // [16][groups]
   int64_t groups;
 };
 
@@ -91,10 +91,11 @@ inline void multiply(const Operands& o, int64_t g, int32_t* sums) {
 }
 
 inline void add_group(const Operands& o, int64_t g, const int32_t* sums, F32x16 (&total)[16]) {
-  const F32x16 scale = load_f16(o.row_scales + 16 * g);
+  const F32x16 scale = load_f16(o.tile.scales + 16 * g), values = group_values(o.tile, g, scale);
 #pragma GCC unroll 16
   for (int m = 0; m < 16; ++m) {
     const I32x16 sum{_mm512_load_si512(sums + 16 * m)};
+    total[m] = fmadd(values, set1(o.token_offsets[m * o.groups + g]), total[m]);
     total[m] = fmadd(to_f32(sum), mul(scale, set1(o.token_scales[m * o.groups + g])), total[m]);
   }
 }
@@ -137,8 +138,9 @@ void panel_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, i
       const Operands o{x.q + token * x.padded_cols,
                        x.padded_cols,
                        panel + (t - begin) * x.padded_cols * 16,
-                       tile_at(w, t).scales,
+                       tile_at(w, t),
                        x.scales + token * x.num_groups,
+                       x.offsets + token * x.num_groups,
                        x.num_groups};
       tile_product<kGroup>(o, y, token, first, 16 * t, w.rows);
     }

@@ -51,17 +51,6 @@ QuantTokens token_buffers(Scratch& scratch, const QuantWeight& w, int64_t tokens
   return token_buffers(scratch, job, tokens).quant;
 }
 
-QuantTokens rows_from(const QuantTokens& q, int64_t row) {
-  return {q.q + row * q.padded_cols, q.scales + row * q.num_groups, q.sums + row * q.num_groups, q.padded_cols,
-          q.num_groups};
-}
-
-void copy_row(const QuantTokens& from, int64_t a, const QuantTokens& to, int64_t b) {
-  std::memcpy(to.q + b * to.padded_cols, from.q + a * from.padded_cols, from.padded_cols);
-  std::memcpy(to.scales + b * to.num_groups, from.scales + a * from.num_groups, from.num_groups * 4);
-  std::memcpy(to.sums + b * to.num_groups, from.sums + a * from.num_groups, from.num_groups * 4);
-}
-
 struct Experts {
   QuantWeight gate_up, down;  // of expert 0
   int64_t gate_up_bytes, down_bytes, experts;
@@ -106,12 +95,12 @@ void run_chunk(const Experts& m, const Io& io, int64_t begin, int64_t end) {
     kernels.quantize({from, io.dtype, io.x_stride, m.gate_up.cols}, m.gate_up.group, mine.begin, mine.end, x);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pairs; ++i) copy_row(x, r.order[i] / io.k - begin, sorted, i);
+    for (int64_t i = 0; i < pairs; ++i) sorted.copy_from(x, r.order[i] / io.k - begin, i);
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < up_tasks.size(); ++i) {
       const Task& t = up_tasks[i];
       const Output y{gate_up + t.pair_begin * 2 * inner, 2 * inner, 0, nullptr};
-      kernels.product(of(m.gate_up, m.gate_up_bytes, t.expert), rows_from(sorted, t.pair_begin), t.pairs, t.tile_begin,
+      kernels.product(of(m.gate_up, m.gate_up_bytes, t.expert), sorted.from(t.pair_begin), t.pairs, t.tile_begin,
                       t.tile_end, y, my_panel);
     }
 #pragma omp for schedule(static)
@@ -124,7 +113,7 @@ void run_chunk(const Experts& m, const Io& io, int64_t begin, int64_t end) {
     for (size_t i = 0; i < down_tasks.size(); ++i) {
       const Task& t = down_tasks[i];
       const Output y{result + t.pair_begin * hidden, hidden, 0, nullptr};
-      kernels.product(of(m.down, m.down_bytes, t.expert), rows_from(act, t.pair_begin), t.pairs, t.tile_begin,
+      kernels.product(of(m.down, m.down_bytes, t.expert), act.from(t.pair_begin), t.pairs, t.tile_begin,
                       t.tile_end, y, my_panel);
     }
   }

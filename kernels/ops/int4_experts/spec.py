@@ -77,7 +77,8 @@ SPEC = OpSpec(
             real=True,
         ),
     ),
-    tolerance={torch.float32: (1e-4, 2e-4), torch.bfloat16: (1.6e-2, 1e-2), torch.float16: (1e-3, 2e-3)},
+    # a code of an expert's inner activations may fall on the other side of a tie
+    tolerance={torch.float32: (1e-4, 5e-4), torch.bfloat16: (1.6e-2, 1e-2), torch.float16: (1e-3, 2e-3)},
     bytes_moved=bytes_moved,
     flops=flops,
 )

@@ -2,7 +2,7 @@
 
 GPTQ-style groups along in_features, one float16 scale (and, asymmetric, one zero point) per row and group. One packed
 layout (:mod:`llmopt.ops.int4_linear.layout`) serves one row (decode) and many (prefill). Activations are quantized inside,
-per token and group.
+with a scale and a zero point per token and group.
 """
 
 from __future__ import annotations

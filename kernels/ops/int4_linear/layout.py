@@ -1,8 +1,9 @@
 """The packed layout of quantized weights (int4 and int8), in plain torch: what the C++ kernels read.
 
 Tiles of 16 output rows, each one contiguous block of bytes (kernels/cpu/quant_linear.h has the picture):
-float16 scales ``[num_groups, 16]``, then uint8 zeros ``[num_groups, 16]`` when asymmetric, padding to 64 bytes, then
-vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles and the next four in the high ones.
+float16 scales ``[num_groups, 16]``, then int16 sums of a group's ``q - zero``, then uint8 zeros when asymmetric, both of the
+same shape, padding to an odd number of 64-byte lines, then vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles
+and the next four in the high ones.
 int8 (stored plus 128) is two such planes: the codes' high nibbles, then their low nibbles. ``in_features`` is padded to
 whole groups with the zero point, rows to whole tiles.
 
@@ -19,15 +20,15 @@ TILE_ROWS = 16
 KERNEL_GROUPS = (32, 64, 128)
 
 
-def _round_up(x: int, to: int) -> int:
-    return (x + to - 1) // to * to
+def _header_bytes(size: int) -> int:
+    """An odd number of lines of 64 bytes: kernels/cpu/quant_linear.h says why."""
+    return (-(-size // 64) | 1) * 64
 
 
 def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool) -> int:
     """Bytes of one tile of 16 rows."""
     groups = -(-in_features // group_size)
-    header = _round_up(groups * TILE_ROWS * (3 if asymmetric else 2), 64)
-    return header + plane_bytes(in_features, group_size) * (bits // 4)
+    return _header_bytes(groups * TILE_ROWS * (5 if asymmetric else 4)) + plane_bytes(in_features, group_size) * (bits // 4)
 
 
 def plane_bytes(in_features: int, group_size: int) -> int:
@@ -88,7 +89,7 @@ def pack(
         last = zeros[..., -1:].expand(*lead, n, pad_k) if pad_k else q[..., :0]
         q = torch.nn.functional.pad(torch.cat([q, last.to(torch.uint8)], -1), (0, 0, 0, pad_n))
     tiles = (n + pad_n) // TILE_ROWS
-    header = _header(scales, zeros, pad_n, tiles)
+    header = _header(scales, _sums(q[..., :n, :], zeros, groups, zero_point), zeros, pad_n, tiles)
     return torch.cat([header, _vectors(q, tiles, bits)], -1).contiguous()
 
 
@@ -102,18 +103,27 @@ def _check_codes(q: torch.Tensor, bits: int) -> None:
         raise InputError.argument("q", expected="codes in [0, 15]", got=int(q.max()))
 
 
-def _header(scales: torch.Tensor, zeros: torch.Tensor | None, pad_n: int, tiles: int) -> torch.Tensor:
+def _sums(q: torch.Tensor, zeros: torch.Tensor | None, groups: int, zero_point: int) -> torch.Tensor:
+    """``[..., N, G]`` int16: sums of a group's ``q - zero``; q is whole groups."""
+    group_size = q.shape[-1] // groups
+    codes = q.unflatten(-1, (groups, group_size)).sum(-1, dtype=torch.int32)
+    return (codes - group_size * (zero_point if zeros is None else zeros.int())).to(torch.int16)
+
+
+def _header(
+    scales: torch.Tensor, sums: torch.Tensor, zeros: torch.Tensor | None, pad_n: int, tiles: int
+) -> torch.Tensor:
     *lead, _, groups = scales.shape
 
     def by_tile(x: torch.Tensor) -> torch.Tensor:  # [..., N, G] -> [..., T, G * 16] bytes
         x = torch.nn.functional.pad(x, (0, 0, 0, pad_n)).reshape(*lead, tiles, TILE_ROWS, groups).transpose(-1, -2)
         return x.contiguous().view(torch.uint8).flatten(-2)
 
-    parts = [by_tile(scales)]
+    parts = [by_tile(scales), by_tile(sums)]
     if zeros is not None:
         parts.append(by_tile(zeros.to(torch.uint8)))
     size = sum(p.shape[-1] for p in parts)
-    parts.append(torch.zeros(*lead, tiles, -size % 64, dtype=torch.uint8, device=scales.device))
+    parts.append(torch.zeros(*lead, tiles, _header_bytes(size) - size, dtype=torch.uint8, device=scales.device))
     return torch.cat(parts, -1)
 
 
@@ -141,7 +151,7 @@ def unpack(
     scales = packed[..., :scale_bytes].contiguous().view(torch.float16).reshape(*lead, tiles, groups, TILE_ROWS)
     zeros = None
     if asymmetric:
-        zeros = rows(packed[..., scale_bytes : scale_bytes * 3 // 2].reshape(*lead, tiles, groups, TILE_ROWS))
+        zeros = rows(packed[..., scale_bytes * 2 : scale_bytes * 5 // 2].reshape(*lead, tiles, groups, TILE_ROWS))
     body = packed[..., -k * 2 * bits :]
     planes = body.reshape(*lead, tiles, bits // 4, k // 8, TILE_ROWS, 4).unbind(-4)
     nibbles = [torch.stack([plane & 15, plane >> 4], -3) for plane in planes]

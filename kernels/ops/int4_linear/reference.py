@@ -6,18 +6,24 @@ import torch
 
 from llmopt.ops.int4_linear import layout
 
+STEPS = 253.0  # of a group's range: kSteps in kernels/cpu/quant_linear_kernel.h
+
 
 def quantize_tokens(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """``[T, K]`` as the kernels see it: int8, symmetric, one scale per token and group; returned dequantized, float32."""
+    """``[T, K]`` as the kernels see it: int8, one scale and one zero point per token and group; dequantized, float32."""
     tokens, k = x.shape
     groups = -(-k // group_size)
     padded = torch.nn.functional.pad(x.float(), (0, groups * group_size - k)).reshape(tokens, groups, group_size)
     # as the kernels do it, down to the rounding, so that the codes agree: one division, one product a value
-    # (`127.0 / amax` would be a reciprocal and a product)
-    amax = padded.abs().amax(-1, keepdim=True)
-    q = torch.where(amax > 1e-36, padded * torch.full_like(amax, 127.0).div(amax), torch.zeros_like(padded)).round()
-    scale = amax / 127.0
-    return (q * scale).reshape(tokens, groups * group_size)[:, :k]
+    low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
+    steps = high.double() - low.double()
+    zero = steps < 1e-35
+    inverse = torch.where(zero, 0.0, STEPS / steps).float()
+    scale = torch.where(zero, 0.0, steps / STEPS).float()
+    zero_point = -127.0 - (low * inverse).round()
+    q = (padded * inverse).round() + zero_point
+    scale = torch.where(padded.isfinite().all(-1, keepdim=True), scale, torch.nan)
+    return ((q - zero_point) * scale).reshape(tokens, groups * group_size)[:, :k]
 
 
 def linear(

@@ -72,7 +72,8 @@ struct Carver {
       return x;
     }
     const int64_t cols = w.quant.padded_cols(), groups = w.quant.num_groups();
-    return {{take<int8_t>(count * cols), take<float>(count * groups), take<int32_t>(count * groups), cols, groups},
+    return {{take<int8_t>(count * cols), take<float>(count * groups), take<float>(count * groups),
+             take<int32_t>(count * groups), cols, groups},
             nullptr};
   }
 };
@@ -124,22 +125,14 @@ inline LinearWeight moved(LinearWeight w, int64_t bytes) {
 
 inline PreparedTokens rows_from(const LinearWeight& w, PreparedTokens x, int64_t row) {
   if (!w.quantized) return {{}, x.dense + row * padded_cols(w.dense.cols)};
-  const QuantTokens& q = x.quant;
-  return {{q.q + row * q.padded_cols, q.scales + row * q.num_groups, q.sums + row * q.num_groups, q.padded_cols,
-           q.num_groups},
-          nullptr};
+  return {x.quant.from(row), nullptr};
 }
 
 inline void copy_row(const LinearWeight& w, const PreparedTokens& from, int64_t a, const PreparedTokens& to,
                      int64_t b) {
-  const PreparedTokens f = rows_from(w, from, a), t = rows_from(w, to, b);
-  if (!w.quantized) {
-    std::memcpy(t.dense, f.dense, static_cast<size_t>(padded_cols(w.dense.cols)) * 4);
-    return;
-  }
-  std::memcpy(t.quant.q, f.quant.q, static_cast<size_t>(f.quant.padded_cols));
-  std::memcpy(t.quant.scales, f.quant.scales, static_cast<size_t>(f.quant.num_groups) * 4);
-  std::memcpy(t.quant.sums, f.quant.sums, static_cast<size_t>(f.quant.num_groups) * 4);
+  if (w.quantized) return to.quant.copy_from(from.quant, a, b);
+  const int64_t cols = padded_cols(w.dense.cols);
+  std::memcpy(to.dense + b * cols, from.dense + a * cols, static_cast<size_t>(cols) * 4);
 }
 
 inline void prepare(const LinearWeight& w, const TokenSource& x, Share rows, const PreparedTokens& out) {

@@ -11,7 +11,7 @@ from llmopt import native
 from llmopt.errors import InputError
 from llmopt.ops.packed_tiles import reference
 
-__all__ = ["packed_nearest", "packed_words"]
+__all__ = ["packed_nearest", "packed_sums", "packed_words"]
 
 _NO_ZEROS = torch.empty(0, dtype=torch.uint8)
 
@@ -76,3 +76,24 @@ def packed_nearest(
         native.library().packed_nearest(weight, scales, none, group_size, bits, out)
     except ValueError as error:
         raise InputError(f"packed_nearest: {error}") from None
+
+
+def packed_sums(tiles: torch.Tensor, *, in_features: int, group_size: int, bits: int) -> None:
+    """Writes the sums of symmetric tiles that have everything else.
+
+    Args:
+        tiles: ``[T, tile_bytes]`` uint8, contiguous, changed in place.
+        in_features: K.
+        group_size: 32, 64 or 128.
+        bits: 4 or 8.
+
+    Raises:
+        InputError: a shape, dtype or size does not fit.
+    """
+    if not native.available():
+        tiles.copy_(reference.packed_sums(tiles, in_features=in_features, group_size=group_size, bits=bits))
+        return
+    try:
+        native.library().packed_sums(tiles, in_features, group_size, bits, False)
+    except ValueError as error:
+        raise InputError(f"packed_sums: {error}") from None

@@ -48,7 +48,7 @@ struct Tiles {
     return out + tile * weight.tile_bytes() + weight.header_bytes() + group * weight.group * 8;
   }
 
-  // scales and zeros of a tile; those of rows that are padding are 0
+  // Scales, sums and zeros of a tile whose vectors are there already; those of rows that are padding are 0.
   void write_header(int64_t tile) const {
     const int64_t groups = weight.num_groups(), rows = real_rows(tile);
     uint8_t* to = out + tile * weight.tile_bytes();
@@ -57,8 +57,44 @@ struct Tiles {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t from = (tile * kRows + r) * groups + g;
         std::memcpy(to + (g * kRows + r) * 2, scales + from, 2);
-        if (zeros) to[groups * kRows * 2 + g * kRows + r] = zeros[from];
+        if (zeros) to[groups * kRows * 4 + g * kRows + r] = zeros[from];
       }
+    for (int64_t g = 0; g < groups; ++g) write_sums(tile, g);
+  }
+
+  // a group's sums of codes, row by row
+  void sum_codes(int64_t tile, int64_t group, int32_t (&sum)[kRows]) const {
+    const uint8_t* from = vectors(tile, group);
+    std::memset(sum, 0, sizeof(sum));
+    for (int plane = 0; plane < weight.bits / 4; ++plane, from += weight.plane_bytes()) {
+      // bytes hold the sums of sixteen nibbles
+      uint32_t low[kRows] = {}, high[kRows] = {};
+      for (int v = 0; v < weight.group / 8; ++v)
+        for (int r = 0; r < kRows; ++r) {
+          uint32_t lane;
+          std::memcpy(&lane, from + (v * kRows + r) * 4, 4);
+          low[r] += lane & 0x0f0f0f0fu;
+          high[r] += lane >> 4 & 0x0f0f0f0fu;
+        }
+      const int32_t unit = weight.bits == 8 && plane == 0 ? 16 : 1;
+      for (int r = 0; r < kRows; ++r) {
+        const uint32_t pairs = (low[r] & 0x00ff00ffu) + (low[r] >> 8 & 0x00ff00ffu) + (high[r] & 0x00ff00ffu) +
+                               (high[r] >> 8 & 0x00ff00ffu);
+        sum[r] += unit * static_cast<int32_t>((pairs & 0xffffu) + (pairs >> 16));
+      }
+    }
+  }
+
+  void write_sums(int64_t tile, int64_t group) const {
+    int32_t sum[kRows];
+    sum_codes(tile, group, sum);
+    uint8_t* base = out + tile * weight.tile_bytes();
+    const uint8_t* zero_points = base + weight.num_groups() * kRows * 4 + group * kRows;
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int zero = weight.asymmetric ? zero_points[r] : middle();
+      const auto value = static_cast<int16_t>(sum[r] - zero * weight.group);
+      std::memcpy(base + ((weight.num_groups() + group) * kRows + r) * 2, &value, 2);
+    }
   }
 
   // fills what is padding in a block with codes that stand for 0
@@ -103,7 +139,6 @@ inline uint32_t spread(uint32_t x) {
 void pack_words(const Tiles& t, const uint32_t* words, int64_t stride, int64_t tile) {
   const int bits = t.weight.bits, per_word = 32 / bits;
   const int64_t rows = t.real_rows(tile);
-  t.write_header(tile);
   for (int64_t g = 0; g < t.weight.num_groups(); ++g) {
     const uint32_t* from = words + g * t.weight.group / per_word * stride + tile * kRows;
     const int64_t cols = t.real_cols(g);
@@ -123,6 +158,7 @@ void pack_words(const Tiles& t, const uint32_t* words, int64_t stride, int64_t t
     t.pad(block, tile, g);
     t.write_block(block, tile, g);
   }
+  t.write_header(tile);
 }
 
 inline float value(const float* from, int64_t k) { return from[k]; }
@@ -167,7 +203,6 @@ template <typename T>
 bool pack_nearest(const Tiles& t, const T* weight, int64_t stride, int64_t tile) {
   const int64_t rows = t.real_rows(tile), groups = t.weight.num_groups();
   bool finite = true;
-  t.write_header(tile);
   for (int64_t g = 0; g < groups; ++g) {
     Block block;
     for (int64_t r = 0; r < rows; ++r) {
@@ -179,6 +214,7 @@ bool pack_nearest(const Tiles& t, const T* weight, int64_t stride, int64_t tile)
     t.pad(block, tile, g);
     t.write_block(block, tile, g);
   }
+  t.write_header(tile);
   return finite;
 }
 
@@ -232,8 +268,22 @@ void packed_nearest(TensorView weight, TensorView scales, TensorView zeros, int6
   if (!finite) TVM_FFI_THROW(ValueError) << "weight: expected finite values, got NaN or Inf";
 }
 
+// Fills in the sums of tiles [T, tile_bytes] that have scales, zeros and codes.
+void packed_sums(TensorView tiles, int64_t cols, int64_t group, int64_t bits, bool asymmetric) {
+  check_cpu("tiles", tiles), check_contiguous("tiles", tiles), check_bytes("tiles", tiles);
+  check_shape("tiles", tiles, {-1, -1});
+  const QuantWeight weight{nullptr, tiles.size(0) * kRows, cols, static_cast<int>(group), static_cast<int>(bits),
+                           asymmetric};
+  check_shape("tiles", tiles, {-1, weight.tile_bytes()});
+  const Tiles all{weight, nullptr, nullptr, static_cast<uint8_t*>(tiles.data_ptr())};
+#pragma omp parallel for schedule(static) num_threads(threads_for(tiles.size(0) * weight.tile_bytes(), 1 << 16))
+  for (int64_t tile = 0; tile < weight.num_tiles(); ++tile)
+    for (int64_t g = 0; g < weight.num_groups(); ++g) all.write_sums(tile, g);
+}
+
 }  // namespace
 }  // namespace llmopt
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_sums, llmopt::packed_sums);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_words, llmopt::packed_words);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_nearest, llmopt::packed_nearest);

@@ -29,3 +29,10 @@ def packed_nearest(
     zero = 2.0 ** (bits - 1) if zeros is None else columns(zeros)
     q = (weight.float() / columns(scales)).add_(zero).round_().clamp_(0, 2**bits - 1)
     return layout.pack(q.to(torch.uint8), scales, zeros, group_size=group_size, bits=bits)
+
+
+def packed_sums(tiles: torch.Tensor, *, in_features: int, group_size: int, bits: int) -> torch.Tensor:
+    """See the op; returns the tiles."""
+    size = {"out_features": tiles.shape[0] * layout.TILE_ROWS, "in_features": in_features, "group_size": group_size}
+    q, scales, _ = layout.unpack(tiles, **size, bits=bits, asymmetric=False)
+    return layout.pack(q, scales, None, group_size=group_size, bits=bits)

@@ -16,8 +16,8 @@ constexpr int64_t kHeldTiles = 128, kHeldTilesOfMany = 32;
 
 // what a call needs between its steps; a recorded one keeps it
 struct Buffers {
-  Scratch tokens;                        // quantized, where threads prepare them together
-  std::vector<float> shift, energy;      // [tokens][groups], likewise
+  Scratch tokens;                            // quantized, where threads prepare them together
+  std::vector<float> shift, energy, offset;  // [tokens][groups], likewise
   std::vector<float> upper;              // [tokens][tiles]
   std::vector<Candidate> coarse, exact;  // [tokens][threads]
   std::vector<Candidate> guess;          // [tokens]
@@ -61,14 +61,12 @@ Candidate best_of(const float* logits, int64_t first, int64_t count) {
 // the head's own logits of one tile, and the best of them
 Candidate score_tile(const ScreenJob& job, const QuantTokens& x, int64_t token, int64_t tile) {
   alignas(64) float logits[16];
-  const QuantTokens one{x.q + token * x.padded_cols, x.scales + token * x.num_groups, x.sums + token * x.num_groups,
-                        x.padded_cols, x.num_groups};
-  tiles_product({true, job.whole, {}}, {one, nullptr}, 1, {tile, tile + 1}, {logits - 16 * tile, 16, 0, nullptr});
+  tiles_product({true, job.whole, {}}, {x.from(token), nullptr}, 1, {tile, tile + 1}, {logits - 16 * tile, 16, 0, nullptr});
   return best_of(logits, 16 * tile, std::min<int64_t>(16, job.whole.rows - 16 * tile));
 }
 
 ScreenTerms terms_of(const ScreenTerms& all, int64_t token, int64_t groups) {
-  return {all.shift + token * groups, all.energy + token * groups};
+  return {all.shift + token * groups, all.energy + token * groups, all.offset + token * groups};
 }
 
 // quantized tokens and their terms
@@ -81,16 +79,16 @@ Screened prepare(const ScreenJob& job, const Team& team) {
   static thread_local Scratch own, own_terms;
   const int64_t tokens = job.tokens(), groups = job.groups();
   const bool shared = tokens > kOwnTokens && team.size > 1;
-  Screened x{job.product.shared, {job.buffers->shift.data(), job.buffers->energy.data()}};
+  Screened x{job.product.shared, {job.buffers->shift.data(), job.buffers->energy.data(), job.buffers->offset.data()}};
   if (!shared) {
     x.tokens = token_buffers(own, job.product, tokens);
-    auto* values = reinterpret_cast<float*>(own_terms.get(static_cast<size_t>(tokens * groups) * 8));
-    x.terms = {values, values + tokens * groups};
+    auto* values = reinterpret_cast<float*>(own_terms.get(static_cast<size_t>(tokens * groups) * 12));
+    x.terms = {values, values + tokens * groups, values + 2 * tokens * groups};
   }
   const Share mine = shared ? team.share(tokens) : Share{0, tokens};
   prepare_tokens(job.product, mine, x.tokens);
   for (int64_t m = mine.begin; m < mine.end; ++m)
-    screen_kernels(active_isa()).terms(x.tokens.quant, m, job.whole.group, job.margin, terms_of(x.terms, m, groups));
+    screen_kernels(active_isa()).terms(x.tokens.quant, m, job.whole, job.margin, terms_of(x.terms, m, groups));
   if (shared) team.sync();
   return x;
 }
@@ -101,12 +99,14 @@ void screen_tiles(const ScreenJob& job, const Screened& x, const Team& team) {
   const ScreenKernels& kernels = screen_kernels(active_isa());
   const LinearWeight& plane = job.product.weights[0];
   const int64_t tokens = job.tokens(), held = tokens <= kOwnTokens ? kHeldTiles : kHeldTilesOfMany;
+  PreparedTokens seen = x.tokens;
+  seen.quant.offsets = x.terms.offset;
   const Share mine = team.share(job.tiles());
   auto* products = reinterpret_cast<float*>(scratch.get(static_cast<size_t>(tokens * held * 16) * 4));
   for (int64_t m = 0; m < tokens; ++m) job.coarse(m)[team.rank] = {-INFINITY, mine.begin};
   for (int64_t t = mine.begin; t < mine.end; t += held) {
     const int64_t end = std::min(t + held, mine.end);
-    tiles_product(plane, x.tokens, tokens, {t, end}, {products - 16 * t, 16 * held, 0, nullptr});
+    tiles_product(plane, seen, tokens, {t, end}, {products - 16 * t, 16 * held, 0, nullptr});
     for (int64_t m = 0; m < tokens; ++m) {
       float* product = products + m * 16 * held;
       for (int64_t row = job.whole.rows; row < 16 * end; ++row) product[row - 16 * t] = -INFINITY;
@@ -188,6 +188,7 @@ void screened_head(TensorView x, Optional<TensorView> norm, double eps, TensorVi
   job.product.shared = token_buffers(job.buffers->tokens, job.product, tokens);
   job.buffers->shift.resize(static_cast<size_t>(tokens * job.groups()));
   job.buffers->energy.resize(static_cast<size_t>(tokens * job.groups()));
+  job.buffers->offset.resize(static_cast<size_t>(tokens * job.groups()));
   job.buffers->upper.resize(static_cast<size_t>(tokens * job.tiles()));
   job.buffers->coarse.resize(static_cast<size_t>(tokens * job.most_threads));
   job.buffers->exact.resize(static_cast<size_t>(tokens * job.most_threads));

@@ -13,8 +13,9 @@ namespace llmopt {
 
 // One token, by group of its inputs, in caller-owned memory.
 struct ScreenTerms {
-  float* shift;   // 7.5 * x_scale * sum of x
-  float* energy;  // margin^2 * x_scale^2 * sum of x^2
+  float* shift;   // 7.5 * x_scale * sum of q
+  float* energy;  // margin^2 * x_scale^2 * sum of q^2
+  float* offset;  // of the product with the high plane: the sums of the weights are those of both
 };
 
 struct Candidate {
@@ -23,7 +24,7 @@ struct Candidate {
 };
 
 struct ScreenKernels {
-  void (*terms)(const QuantTokens& x, int64_t token, int group, float margin, const ScreenTerms& out);
+  void (*terms)(const QuantTokens& x, int64_t token, const QuantWeight& w, float margin, const ScreenTerms& out);
   // Tiles [begin, end) of the high plane `w`. product: [16 * (end - begin)] of its product with one token. Writes
   // upper[tile]: above every logit of the tile, Inf where one is NaN; raises `best` to the largest logit the screen gives
   // and its tile.

@@ -7,13 +7,17 @@
 
 namespace llmopt::LLMOPT_ISA {
 
-inline void screen_terms(const QuantTokens& x, int64_t token, int group, float margin, const ScreenTerms& out) {
+inline void screen_terms(const QuantTokens& x, int64_t token, const QuantWeight& w, float margin,
+                         const ScreenTerms& out) {
   for (int64_t g = 0; g < x.num_groups; ++g) {
-    const int8_t* q = x.q + token * x.padded_cols + g * group;
+    const int8_t* q = x.q + token * x.padded_cols + g * w.group;
     const float scale = x.scales[token * x.num_groups + g];
-    int32_t squares = 0;
-    for (int k = 0; k < group; ++k) squares += q[k] * q[k];
-    out.shift[g] = 7.5f * scale * static_cast<float>(x.sums[token * x.num_groups + g]);
+    // a code of padding is the zero point, and its weights have no low nibbles
+    const int64_t left = w.cols - g * w.group, n = left < w.group ? left : w.group;
+    int32_t sum = 0, squares = 0;
+    for (int64_t k = 0; k < n; ++k) sum += q[k], squares += q[k] * q[k];
+    out.shift[g] = 7.5f * scale * static_cast<float>(sum);
+    out.offset[g] = x.offsets[token * x.num_groups + g] / 16.0f;
     out.energy[g] = margin * scale * (margin * scale) * static_cast<float>(squares);
   }
 }

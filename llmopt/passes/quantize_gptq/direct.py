@@ -16,6 +16,7 @@ from llmopt.arena import WeightArena, arena_for
 from llmopt.models import resolve_model, shapes
 from llmopt.models.base import ExpertsSite
 from llmopt.ops.int4_linear import layout
+from llmopt.ops.packed_tiles import packed_sums
 from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear, kernel_group_size
 from llmopt.passes.base import Applied, Coverage, Patch
 
@@ -44,6 +45,7 @@ class _Codes:
         header = -(-k // group) * layout.TILE_ROWS
         scale = torch.full((header,), self.std / _CODE_STD[bits], dtype=torch.float16).view(torch.uint8)
         buffer[..., : header * 2] = scale
+        packed_sums(buffer.flatten(0, -2), in_features=k, group_size=group, bits=bits)
         return buffer
 
 
