@@ -11,6 +11,7 @@
 // Activations: int8, one scale and one zero point per token and group (docs/decisions/0006); value = scale * q + offset. The
 // weights' zero points go into the accumulator's start value, the offsets meet the sums of the weights.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -31,8 +32,12 @@ struct QuantWeight {
   int64_t num_tiles() const { return (rows + 15) / 16; }
   int64_t num_groups() const { return (cols + group - 1) / group; }
   int64_t padded_cols() const { return num_groups() * group; }
-  // an odd number of lines, so that tiles some powers of two apart do not share their places in the caches
-  int64_t header_bytes() const { return ((num_groups() * 16 * (asymmetric ? 5 : 4) + 63) / 64 | 1) * 64; }
+  // An odd number of lines, so that tiles some powers of two apart do not share their places in the caches. Zeros make two
+  // more of them at least: a weight taken for one of the other kind is then of the wrong size.
+  int64_t header_bytes() const {
+    const int64_t lines = num_groups() | 1;
+    return 64 * (asymmetric ? std::max((num_groups() * 5 + 3) / 4 | 1, lines + 2) : lines);
+  }
   int64_t plane_bytes() const { return padded_cols() * 8; }  // 4 bits of each weight of a tile
   // from one tile to the next
   int64_t tile_bytes() const { return header_bytes() + plane_bytes() * (bits == 8 || high_plane ? 2 : 1); }

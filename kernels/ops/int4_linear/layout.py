@@ -20,15 +20,16 @@ TILE_ROWS = 16
 KERNEL_GROUPS = (32, 64, 128)
 
 
-def _header_bytes(size: int) -> int:
-    """An odd number of lines of 64 bytes: kernels/cpu/quant_linear.h says why."""
-    return (-(-size // 64) | 1) * 64
+def _header_bytes(groups: int, *, asymmetric: bool) -> int:
+    """An odd number of lines of 64 bytes, two more at least with zeros: kernels/cpu/quant_linear.h says why."""
+    lines = groups | 1
+    return 64 * (max(-(-groups * 5 // 4) | 1, lines + 2) if asymmetric else lines)
 
 
 def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool) -> int:
     """Bytes of one tile of 16 rows."""
     groups = -(-in_features // group_size)
-    return _header_bytes(groups * TILE_ROWS * (5 if asymmetric else 4)) + plane_bytes(in_features, group_size) * (bits // 4)
+    return _header_bytes(groups, asymmetric=asymmetric) + plane_bytes(in_features, group_size) * (bits // 4)
 
 
 def plane_bytes(in_features: int, group_size: int) -> int:
@@ -123,7 +124,7 @@ def _header(
     if zeros is not None:
         parts.append(by_tile(zeros.to(torch.uint8)))
     size = sum(p.shape[-1] for p in parts)
-    parts.append(torch.zeros(*lead, tiles, _header_bytes(size) - size, dtype=torch.uint8, device=scales.device))
+    parts.append(torch.zeros(*lead, tiles, _header_bytes(groups, asymmetric=zeros is not None) - size, dtype=torch.uint8, device=scales.device))
     return torch.cat(parts, -1)
 
 
