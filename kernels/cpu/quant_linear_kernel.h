@@ -95,7 +95,8 @@ struct Tile {
 inline Tile tile_at(const QuantWeight& w, int64_t t) {
   const uint8_t* base = w.data + t * w.tile_bytes();
   const auto* scales = reinterpret_cast<const uint16_t*>(base);
-  return {scales, reinterpret_cast<const int16_t*>(scales + w.num_groups() * 16), base + w.num_groups() * 64, base + w.header_bytes()};
+  return {scales, reinterpret_cast<const int16_t*>(scales + w.num_groups() * 16), base + w.num_groups() * 64,
+          base + w.header_bytes()};
 }
 
 // sums of a group's weights, row by row: what a token's offset is multiplied with

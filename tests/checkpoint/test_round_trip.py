@@ -19,6 +19,7 @@ from llmopt.checkpoint.quant_config import FORMATS
 from llmopt.errors import InputError, ModelStateError
 from llmopt.measure.report import PassRow, Report
 from llmopt.models import resolve_model
+from llmopt.ops.packed_tiles import packed_sums
 from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes import QuantizeGptq
 from llmopt.passes.quantize_gptq.rounding import Grid
@@ -143,7 +144,9 @@ def test_head_that_is_not_rounded_to_nearest(tmp_path: Path) -> None:
     """GPTQ moves codes away from the nearest ones: then the file holds what the codes mean, not the original."""
     model = tiny("qwen3")
     originals = quantize(model, head_bits=4)
-    model.lm_head.packed[:, -3] ^= 0x11  # shared with the embedding
+    head = model.lm_head
+    head.packed[:, -3] ^= 0x11  # shared with the embedding
+    packed_sums(head.packed, in_features=head.in_features, group_size=head.group_size, bits=4)
     expected = logits(model)
     directory = save(model, tmp_path / "out", originals=originals)
     stored = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]

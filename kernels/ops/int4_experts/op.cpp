@@ -113,8 +113,8 @@ void run_chunk(const Experts& m, const Io& io, int64_t begin, int64_t end) {
     for (size_t i = 0; i < down_tasks.size(); ++i) {
       const Task& t = down_tasks[i];
       const Output y{result + t.pair_begin * hidden, hidden, 0, nullptr};
-      kernels.product(of(m.down, m.down_bytes, t.expert), act.from(t.pair_begin), t.pairs, t.tile_begin,
-                      t.tile_end, y, my_panel);
+      kernels.product(of(m.down, m.down_bytes, t.expert), act.from(t.pair_begin), t.pairs, t.tile_begin, t.tile_end, y,
+                      my_panel);
     }
   }
   std::vector<int64_t> where(pairs);

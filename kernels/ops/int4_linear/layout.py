@@ -1,9 +1,9 @@
 """The packed layout of quantized weights (int4 and int8), in plain torch: what the C++ kernels read.
 
-Tiles of 16 output rows, each one contiguous block of bytes (kernels/cpu/quant_linear.h has the picture):
-float16 scales ``[num_groups, 16]``, then int16 sums of a group's ``q - zero``, then uint8 zeros when asymmetric, both of the
-same shape, padding to an odd number of 64-byte lines, then vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles
-and the next four in the high ones.
+Tiles of 16 output rows, each one contiguous block of bytes (kernels/cpu/quant_linear.h has the picture): float16 scales
+``[num_groups, 16]``, int16 sums of a group's ``q - zero`` of the same shape, then uint8 zeros when asymmetric, padding to an
+odd number of 64-byte lines, then vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles and
+the next four in the high ones.
 int8 (stored plus 128) is two such planes: the codes' high nibbles, then their low nibbles. ``in_features`` is padded to
 whole groups with the zero point, rows to whole tiles.
 
@@ -123,8 +123,8 @@ def _header(
     parts = [by_tile(scales), by_tile(sums)]
     if zeros is not None:
         parts.append(by_tile(zeros.to(torch.uint8)))
-    size = sum(p.shape[-1] for p in parts)
-    parts.append(torch.zeros(*lead, tiles, _header_bytes(groups, asymmetric=zeros is not None) - size, dtype=torch.uint8, device=scales.device))
+    padding = _header_bytes(groups, asymmetric=zeros is not None) - sum(p.shape[-1] for p in parts)
+    parts.append(torch.zeros(*lead, tiles, padding, dtype=torch.uint8, device=scales.device))
     return torch.cat(parts, -1)
 
 

@@ -272,7 +272,7 @@ void packed_nearest(TensorView weight, TensorView scales, TensorView zeros, int6
 void packed_sums(TensorView tiles, int64_t cols, int64_t group, int64_t bits, bool asymmetric) {
   check_cpu("tiles", tiles), check_contiguous("tiles", tiles), check_bytes("tiles", tiles);
   check_shape("tiles", tiles, {-1, -1});
-  const QuantWeight weight{nullptr, tiles.size(0) * kRows, cols, static_cast<int>(group), static_cast<int>(bits),
+  const QuantWeight weight{nullptr,   tiles.size(0) * kRows, cols, static_cast<int>(group), static_cast<int>(bits),
                            asymmetric};
   check_shape("tiles", tiles, {-1, weight.tile_bytes()});
   const Tiles all{weight, nullptr, nullptr, static_cast<uint8_t*>(tiles.data_ptr())};

@@ -18,9 +18,9 @@ constexpr int64_t kHeldTiles = 128, kHeldTilesOfMany = 32;
 struct Buffers {
   Scratch tokens;                            // quantized, where threads prepare them together
   std::vector<float> shift, energy, offset;  // [tokens][groups], likewise
-  std::vector<float> upper;              // [tokens][tiles]
-  std::vector<Candidate> coarse, exact;  // [tokens][threads]
-  std::vector<Candidate> guess;          // [tokens]
+  std::vector<float> upper;                  // [tokens][tiles]
+  std::vector<Candidate> coarse, exact;      // [tokens][threads]
+  std::vector<Candidate> guess;              // [tokens]
 };
 
 struct ScreenJob {
@@ -61,7 +61,8 @@ Candidate best_of(const float* logits, int64_t first, int64_t count) {
 // the head's own logits of one tile, and the best of them
 Candidate score_tile(const ScreenJob& job, const QuantTokens& x, int64_t token, int64_t tile) {
   alignas(64) float logits[16];
-  tiles_product({true, job.whole, {}}, {x.from(token), nullptr}, 1, {tile, tile + 1}, {logits - 16 * tile, 16, 0, nullptr});
+  tiles_product({true, job.whole, {}}, {x.from(token), nullptr}, 1, {tile, tile + 1},
+                {logits - 16 * tile, 16, 0, nullptr});
   return best_of(logits, 16 * tile, std::min<int64_t>(16, job.whole.rows - 16 * tile));
 }
 
