@@ -108,7 +108,8 @@ def _sums(q: torch.Tensor, zeros: torch.Tensor | None, groups: int, zero_point: 
     """``[..., N, G]`` int16: sums of a group's ``q - zero``; q is whole groups."""
     group_size = q.shape[-1] // groups
     codes = q.unflatten(-1, (groups, group_size)).sum(-1, dtype=torch.int32)
-    return (codes - group_size * (zero_point if zeros is None else zeros.int())).to(torch.int16)
+    sums: torch.Tensor = codes - group_size * (zero_point if zeros is None else zeros.int())
+    return sums.to(torch.int16)
 
 
 def _header(
