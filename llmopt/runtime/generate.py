@@ -50,6 +50,10 @@ class Generation:
         """The engine for the modules as they are now."""
         return self._engine()
 
+    def forget(self) -> None:
+        """Drop the kept cache and its recorded step: they hold on to the weights of the engine they were made for."""
+        self._idle = []
+
     # ---- the cache
 
     def prepare_cache(
@@ -74,13 +78,14 @@ class Generation:
         return None
 
     def _take_cache(self, sequences: int, capacity: int) -> KVCache:
+        engine = self._engine()
         try:
             step = self._idle.pop()  # callers in several threads: one of them gets it
         except IndexError:
-            return self._engine().new_cache(sequences, capacity)
+            return engine.new_cache(sequences, capacity)
         cache = step.cache
-        if cache.sequences != sequences or step.capacity < capacity or not step.fits(cache):
-            return self._engine().new_cache(sequences, capacity)
+        if cache.sequences != sequences or step.capacity < capacity or not step.fits(cache, engine):
+            return engine.new_cache(sequences, capacity)
         cache.reset()
         cache.step = step
         return cache
@@ -285,7 +290,7 @@ class _Loop:
     def _step(self, limit: int) -> DecodeStep:
         self.cache.reserve(min(limit, self.prompt + 4096) + 1)
         step: DecodeStep | None = getattr(self.cache, "step", None)
-        if step is None or not step.fits(self.cache) or step.greedy != self.plain:
+        if step is None or not step.fits(self.cache, self.engine) or step.greedy != self.plain:
             step = DecodeStep(self.engine, self.cache, greedy=self.plain)
         step.start(self.cache.length - self.cache.start)
         return step

@@ -67,11 +67,12 @@ class DecodeStep:
         if self._screened:
             self._engine.logits(self._hidden, self.logits)
 
-    def fits(self, cache: KVCache) -> bool:
-        """True while what was recorded is what would be recorded now."""
+    def fits(self, cache: KVCache, engine: Engine) -> bool:
+        """True while what was recorded is what would be recorded now, of these modules."""
         same = (
-            self.cache is cache and self.capacity == cache.capacity and len(self.ids) == cache.sequences * self.tokens
-        )
+            self._engine is engine and self.cache is cache and self.capacity == cache.capacity
+            and len(self.ids) == cache.sequences * self.tokens
+        )  # fmt: skip
         return same and self.threads == torch.get_num_threads()
 
     def start(self, position: torch.Tensor) -> None:

@@ -35,6 +35,30 @@ def quantized(tiny: Any, token_rows: Any) -> PassContext:
     return ctx
 
 
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v2"])
+def test_decoding_reads_the_weights_that_are_there(tiny: Any, token_rows: Any, family: str) -> None:
+    """Other patches come and go under this one; a recorded step must not outlive the weights it reads."""
+    model, prompt = tiny(family), token_rows(1, 12)
+    ctx = context(model, list(token_rows(2, 24)))
+    quantize = QuantizeGptq(group_size=64).apply(ctx).patch
+    quantize.enable()
+    fuse = FuseKernels().apply(ctx).patch
+    fuse.enable()
+
+    def scores() -> torch.Tensor:
+        options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+        return torch.stack(model.generate(prompt, **options).scores)
+
+    packed = scores()
+    model.generate(prompt, max_new_tokens=12, do_sample=False)  # its cache and step are kept for the next call
+    fuse.disable(), quantize.disable()
+    fuse.enable()
+    plain = scores()
+    fuse.disable()
+    assert not torch.equal(plain[-1], packed[-1])
+    torch.testing.assert_close(plain, scores(), rtol=1e-3, atol=1e-3)
+
+
 def test_a_head_without_8_bits_cannot_be_screened(tiny: Any, token_rows: Any) -> None:
     ctx = context(tiny("qwen3"), list(token_rows(2, 24)))
     assert FuseKernels().check(ctx).applies

@@ -141,11 +141,11 @@ def test_a_kept_cache_goes_to_one_caller(fused: Any, token_rows: Any, monkeypatc
     assert len(generation._idle) == 1
     taken, fits = [], DecodeStep.fits
 
-    def meanwhile(self: DecodeStep, cache: Any) -> bool:
+    def meanwhile(self: DecodeStep, cache: Any, engine: Any) -> bool:
         # another caller comes while this one is looking
         monkeypatch.setattr(DecodeStep, "fits", fits)
         taken.append(generation._take_cache(1, 8))
-        return fits(self, cache)
+        return fits(self, cache, engine)
 
     monkeypatch.setattr(DecodeStep, "fits", meanwhile)
     taken.append(generation._take_cache(1, 8))

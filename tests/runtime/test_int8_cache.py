@@ -146,7 +146,7 @@ def test_a_recorded_step_holds_what_the_cache_had(tiny: Any, token_rows: Any) ->
     step.start(torch.tensor([4]))
     cache.reserve(1000)
     step.run()
-    assert not step.fits(cache)
+    assert not step.fits(cache, engine)
     assert step.logits.isfinite().all()
 
 

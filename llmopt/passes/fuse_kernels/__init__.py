@@ -111,7 +111,12 @@ class FuseKernels(Pass):
             "prompt_lookup": generation.lookup_counts,
             **trial,
         }
-        patch = Patch(swaps, on_enable=current.forget)
+
+        def modules_changed() -> None:
+            current.forget()
+            generation.forget()
+
+        patch = Patch(swaps, on_enable=modules_changed)
         return Applied(patch, coverage, details, changes_numerics=kv_dtype == torch.int8)
 
     def _kv_dtype(self) -> torch.dtype | None:
