@@ -45,18 +45,17 @@ def test_decoding_reads_the_weights_that_are_there(tiny: Any, token_rows: Any, f
     fuse = FuseKernels().apply(ctx).patch
     fuse.enable()
 
-    def scores() -> torch.Tensor:
-        options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
-        return torch.stack(model.generate(prompt, **options).scores)
+    def tokens() -> list[int]:
+        found: list[int] = model.generate(prompt, max_new_tokens=24, do_sample=False)[0].tolist()
+        return found
 
-    packed = scores()
-    model.generate(prompt, max_new_tokens=12, do_sample=False)  # its cache and step are kept for the next call
+    packed = tokens()  # its cache and step are kept for the next call
     fuse.disable(), quantize.disable()
     fuse.enable()
-    plain = scores()
+    plain = tokens()
     fuse.disable()
-    assert not torch.equal(plain[-1], packed[-1])
-    torch.testing.assert_close(plain, scores(), rtol=1e-3, atol=1e-3)
+    assert plain != packed
+    assert plain == tokens()
 
 
 def test_a_head_without_8_bits_cannot_be_screened(tiny: Any, token_rows: Any) -> None:
