@@ -91,6 +91,8 @@ class Rounds:
     def _warm_up(self, name: str) -> None:
         """Start it and run every job once, untimed; find out which ones would take too long."""
         self.say(f"{name}: starting")
+        if self.field[name].warms_itself:
+            return self._only_start(name)
         known: list[tuple[Job, Times]] = []
         # twice the first: what it compiles on the way would foretell nothing
         for job in (self.plan.jobs[0], *self.plan.jobs):
@@ -118,6 +120,14 @@ class Rounds:
         if self.plan.one_at_a_time:
             self.field[name].close()
 
+    def _only_start(self, name: str) -> None:
+        try:
+            self._wake(name)
+            self.field[name].close()
+        except ContenderError as error:
+            for job in self.plan.jobs:
+                self._skip(name, job, str(error))
+
     def _timed(self, name: str, job: Job, timeout_s: float = _WARM_UP_S) -> Times:
         self.lock.hold()
         return self.field[name].run(job, timeout_s)
@@ -135,7 +145,8 @@ class Rounds:
         try:
             if not self.field[name].is_running:
                 self._wake(name)
-                self._timed(name, dataclasses.replace(self.plan.jobs[0], tokens=_WARM_UP_TOKENS))
+                if not self.field[name].warms_itself:
+                    self._timed(name, dataclasses.replace(self.plan.jobs[0], tokens=_WARM_UP_TOKENS))
             times = self._timed(name, job, 3 * self.plan.cap_s + 60)
         except ContenderError as error:
             self._skip(name, job, str(error))
