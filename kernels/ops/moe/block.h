@@ -235,65 +235,56 @@ void over_tiles(const Run& r, Tiles routed, Tiles shared, std::atomic<int64_t>& 
   }
 }
 
-// gate and up of some tiles of a slot, and SwiGLU where both lie in tiles of their own
-inline void gate_up(const Run& r, const Slot& slot, Share tiles) {
-  const Buffers& s = r.buffers;
-  const Mlp &routed = r.block.routed, &shared = r.block.shared;
-  if (slot.expert < 0)
-    return gated_tiles(shared.gate, shared.up, s.shared_x, r.tokens, tiles,
-                       {s.shared_act, shared.act_stride(), 0, nullptr});
-  const PreparedTokens x = r.tokens == 1 ? s.x : rows_from(routed.gate, s.sorted, slot.begin);
-  const Output y{s.act + slot.begin * routed.act_stride(), routed.act_stride(), 0, nullptr};
-  const LinearWeight gate = moved(routed.gate, slot.expert * routed.gate_up_step);
-  if (routed.joined) return tiles_product(gate, x, slot.rows, tiles, y);
-  gated_tiles(gate, moved(routed.up, slot.expert * routed.gate_up_step), x, slot.rows, tiles, y);
-}
-
+// gate and up of every chosen expert and of the shared ones, and SwiGLU where both lie in tiles of their own
 inline void gate_up(const Run& r) {
-  const Mlp &routed = r.block.routed, &shared = r.block.shared;
-  const Tiles of_shared = r.block.has_shared ? Tiles{shared.gate.tiles(), shared.up_bytes()} : Tiles{};
-  over_tiles(r, {routed.gate.tiles(), routed.up_bytes()}, of_shared, r.memory.next_up,
-             [&](const Slot& slot, Share tiles) { gate_up(r, slot, tiles); });
-  r.team.sync();
-}
-
-// activations of some pairs, as the down projection wants them
-inline void prepare_act(const Run& r, Share pairs) {
   const Buffers& s = r.buffers;
-  const Mlp& m = r.block.routed;
-  for (int64_t i = pairs.begin; m.joined && i < pairs.end; ++i) {
-    float* row = s.act + i * m.act_stride();
-    linear_kernels(active_isa()).gated(row, row + m.inner(), row, m.inner());
-  }
-  prepare(m.down, {s.act, 0, m.act_stride(), m.inner()}, pairs, s.prepared_act);
-}
-
-inline void prepare_shared_act(const Run& r, Share tokens) {
-  const Mlp& m = r.block.shared;
-  prepare(m.down, {r.buffers.shared_act, 0, m.act_stride(), m.inner()}, tokens, r.buffers.prepared_shared_act);
+  const Mlp &routed = r.block.routed, &shared = r.block.shared;
+  const auto work = [&](const Slot& slot, Share tiles) {
+    if (slot.expert < 0)
+      return gated_tiles(shared.gate, shared.up, s.shared_x, r.tokens, tiles,
+                         {s.shared_act, shared.act_stride(), 0, nullptr});
+    const PreparedTokens x = r.tokens == 1 ? s.x : rows_from(routed.gate, s.sorted, slot.begin);
+    const Output y{s.act + slot.begin * routed.act_stride(), routed.act_stride(), 0, nullptr};
+    const LinearWeight gate = moved(routed.gate, slot.expert * routed.gate_up_step);
+    if (routed.joined) return tiles_product(gate, x, slot.rows, tiles, y);
+    gated_tiles(gate, moved(routed.up, slot.expert * routed.gate_up_step), x, slot.rows, tiles, y);
+  };
+  const Tiles of_shared = r.block.has_shared ? Tiles{shared.gate.tiles(), shared.up_bytes()} : Tiles{};
+  over_tiles(r, {routed.gate.tiles(), routed.up_bytes()}, of_shared, r.memory.next_up, work);
+  r.team.sync();
 }
 
 inline void prepare_act(const Run& r) {
-  prepare_act(r, r.team.share(r.pairs()));
-  if (r.block.has_shared) prepare_shared_act(r, r.team.share(r.tokens));
+  const Buffers& s = r.buffers;
+  const Mlp& m = r.block.routed;
+  const Share mine = r.team.share(r.pairs());
+  if (m.joined) {
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      float* row = s.act + i * m.act_stride();
+      linear_kernels(active_isa()).gated(row, row + m.inner(), row, m.inner());
+    }
+  }
+  prepare(m.down, {s.act, 0, m.act_stride(), m.inner()}, mine, s.prepared_act);
+  const Mlp& shared = r.block.shared;
+  if (r.block.has_shared)
+    prepare(shared.down, {s.shared_act, 0, shared.act_stride(), shared.inner()}, r.team.share(r.tokens),
+            s.prepared_shared_act);
   r.team.sync();
 }
 
-inline void down(const Run& r, const Slot& slot, Share tiles) {
+inline void down(const Run& r) {
   const Buffers& s = r.buffers;
   const Mlp &routed = r.block.routed, &shared = r.block.shared;
   const int64_t hidden = r.block.hidden;
-  if (slot.expert < 0)
-    return tiles_product(shared.down, s.prepared_shared_act, r.tokens, tiles, {s.shared_result, hidden, 0, nullptr});
-  tiles_product(moved(routed.down, slot.expert * routed.down_step), rows_from(routed.down, s.prepared_act, slot.begin),
-                slot.rows, tiles, {s.result + slot.begin * hidden, hidden, 0, nullptr});
-}
-
-inline void down(const Run& r) {
-  const Mlp &routed = r.block.routed, &shared = r.block.shared;
+  const auto work = [&](const Slot& slot, Share tiles) {
+    if (slot.expert < 0)
+      return tiles_product(shared.down, s.prepared_shared_act, r.tokens, tiles, {s.shared_result, hidden, 0, nullptr});
+    tiles_product(moved(routed.down, slot.expert * routed.down_step),
+                  rows_from(routed.down, s.prepared_act, slot.begin), slot.rows, tiles,
+                  {s.result + slot.begin * hidden, hidden, 0, nullptr});
+  };
   const Tiles of_shared = r.block.has_shared ? Tiles{shared.down.tiles(), shared.down.tile_bytes()} : Tiles{};
-  over_tiles(r, {routed.down.tiles(), routed.down.tile_bytes()}, of_shared, r.memory.next_down,
-             [&](const Slot& slot, Share tiles) { down(r, slot, tiles); });
+  over_tiles(r, {routed.down.tiles(), routed.down.tile_bytes()}, of_shared, r.memory.next_down, work);
   r.team.sync();
 }
 
