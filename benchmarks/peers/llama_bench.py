@@ -17,6 +17,7 @@ from benchmarks.peers.jobs import Job, Times
 from benchmarks.peers.worker import ContenderError
 
 _BATCHED = "llama-batched-bench"
+_KEYS = ("build_commit", "build_number", "model_type", "model_size", "model_n_params")
 # its fastest here: repacked weights, flash attention, fused experts, latent attention absorbed for few tokens
 _FLAGS = ("-rtr", 1, "-fa", 1, "-fmoe", 1, "-mla", 3)
 # | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |
@@ -41,10 +42,9 @@ class LlamaBench:
         self._info: dict[str, Any] = {}
 
     def start(self, timeout_s: float) -> dict[str, Any]:
-        if not self._info:
-            row = self._bench((Job(8, 1),), timeout_s)[0]
-            keys = ("build_commit", "build_number", "model_type", "model_size", "model_n_params")
-            self._info = {"program": self.program.name, **{key: row[key] for key in keys if key in row}}
+        """Returns what it says of itself; with jobs together the first of them fills that in, for one loading."""
+        if not self._info and not self._together:
+            self._bench((Job(8, 1),), timeout_s)
         self.is_running = True
         return self._info
 
@@ -73,6 +73,7 @@ class LlamaBench:
             rows: list[dict[str, Any]] = json.loads(out[out.index("[") :])
         except ValueError:
             raise ContenderError(f"llama-bench: expected JSON, got {out[:200]!r}") from None
+        self._info.update({"program": self.program.name, **{key: rows[0][key] for key in _KEYS if key in rows[0]}})
         return rows
 
     def _batched(self, job: Job, timeout_s: float) -> Times:

@@ -62,7 +62,8 @@ class Rounds:
 
     def run(self) -> Outcome:
         try:
-            for name in self.field:
+            # what is loaded anew for every turn is warmed then
+            for name in () if self.plan.one_at_a_time else self.field:
                 self._warm_up(name)
             for done in range(self.plan.rounds):
                 self.say(f"round {done + 1} of {self.plan.rounds}")
@@ -91,8 +92,6 @@ class Rounds:
     def _warm_up(self, name: str) -> None:
         """Start it and run every job once, untimed; find out which ones would take too long."""
         self.say(f"{name}: starting")
-        if self.field[name].warms_itself:
-            return self._only_start(name)
         known: list[tuple[Job, Times]] = []
         # twice the first: what it compiles on the way would foretell nothing
         for job in (self.plan.jobs[0], *self.plan.jobs):
@@ -108,25 +107,13 @@ class Rounds:
                     times = self._timed(name, short)
             except ContenderError as error:
                 self._skip(name, job, str(error))
-                if name not in self.outcome.info:  # it does not start: nothing else will work
-                    for other in self.plan.jobs:
-                        self._skip(name, other, str(error))
+                if name not in self.outcome.info:
                     return
                 continue
             known.append((short, times))
             took = job.at_least_s(short, times)
             if took > self.plan.cap_s:
                 self._skip(name, job, f"takes {took:.0f} s, the cap is {self.plan.cap_s:.0f} s")
-        if self.plan.one_at_a_time:
-            self.field[name].close()
-
-    def _only_start(self, name: str) -> None:
-        try:
-            self._wake(name)
-            self.field[name].close()
-        except ContenderError as error:
-            for job in self.plan.jobs:
-                self._skip(name, job, str(error))
 
     def _timed(self, name: str, job: Job, timeout_s: float = _WARM_UP_S) -> Times:
         self.lock.hold()
@@ -157,6 +144,8 @@ class Rounds:
             self.outcome.samples.setdefault(name, {}).setdefault(cell, []).append(rate)
 
     def _skip(self, name: str, job: Job, reason: str) -> None:
-        self.say(f"  {name}: {', '.join(job.cells)} skipped: {reason}")
-        for cell in job.cells:
+        # one that does not even start will do no other job either
+        cells = job.cells if name in self.outcome.info else [cell for each in self.plan.jobs for cell in each.cells]
+        self.say(f"  {name}: {', '.join(cells)} skipped: {reason}")
+        for cell in cells:
             self.outcome.skipped.setdefault(name, {})[cell] = reason
