@@ -87,7 +87,14 @@ def main(words: Sequence[str] | None = None) -> int:
             args.markdown.write_text(tables.markdown(record), encoding="utf-8")
         return record
 
-    every_round = meter.measure_round if meter else (lambda: None)
+    def every_round() -> None:
+        if meter is None:
+            return
+        for _ in range(3 if args.one_at_a_time else 1):
+            meter.measure_round()
+        if args.one_at_a_time:  # the largest models leave no room for its buffer
+            meter.close()
+
     with meter or CeilingMeter():
         outcome = Rounds(field, plan, every_round, say, on_round=written).run()
     tables.print_table(written(outcome))

@@ -18,8 +18,10 @@ from benchmarks.peers.worker import ContenderError
 
 _BATCHED = "llama-batched-bench"
 _KEYS = ("build_commit", "build_number", "model_type", "model_size", "model_n_params")
-# its fastest here: repacked weights, flash attention, fused experts, latent attention absorbed for few tokens
-_FLAGS = ("-rtr", 1, "-fa", 1, "-fmoe", 1, "-mla", 3)
+# repacked weights, flash attention, and of MoE models: fused experts, latent attention absorbed for few tokens, and what
+# else makes it faster there
+_FLAGS = ("-rtr", 1, "-fa", 1)
+_MOE_FLAGS = ("-fmoe", 1, "-mla", 3, "-muge", 1, "-mqkv", 1, "-ger", 1, "-rcache", 1, "-thp", 1)
 # | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |
 _ROW = re.compile(r"^\|(?:\s*[\d.]+\s*\|){10}\s*$", re.MULTILINE)
 
@@ -66,14 +68,16 @@ class LlamaBench:
         wanted: list[object] = ["-p", ",".join(str(job.depth) for job in jobs), "-n", 0]
         for job in jobs:
             wanted += ["-gp", f"{job.depth},{job.tokens}"]
+        flags = (*_FLAGS, *_MOE_FLAGS) if self._together else _FLAGS
         out, _ = self._call(
-            [self.program, "-m", self.model, "-t", self.threads, *wanted, "-r", 1, *_FLAGS, "-o", "json"], timeout_s
+            [self.program, "-m", self.model, "-t", self.threads, *wanted, "-r", 1, *flags, "-o", "json"], timeout_s
         )
         try:
             rows: list[dict[str, Any]] = json.loads(out[out.index("[") :])
         except ValueError:
             raise ContenderError(f"llama-bench: expected JSON, got {out[:200]!r}") from None
-        self._info.update({"program": self.program.name, **{key: rows[0][key] for key in _KEYS if key in rows[0]}})
+        said = {key: rows[0][key] for key in _KEYS if key in rows[0]}
+        self._info.update({"program": self.program.name, "flags": " ".join(map(str, flags)), **said})
         return rows
 
     def _batched(self, job: Job, timeout_s: float) -> Times:

@@ -47,7 +47,7 @@ class Rounds:
     Args:
         field: contenders by name, made ready.
         plan: jobs and rounds.
-        every_round: called once a round, with the lock held (ceilings).
+        every_round: called once a round, with the lock held (ceilings); before every turn where those take minutes.
         say: progress.
         on_round: called after each round with what there is by then.
     """
@@ -67,9 +67,12 @@ class Rounds:
                 self._warm_up(name)
             for done in range(self.plan.rounds):
                 self.say(f"round {done + 1} of {self.plan.rounds}")
-                self.lock.hold()
-                self.every_round()
+                measured = False
                 for name, job in self._turns(done):
+                    if not measured or (self.plan.one_at_a_time and job == self.plan.jobs[0]):
+                        self.lock.hold()
+                        self.every_round()
+                        measured = True
                     self._turn(name, job)
                 self.outcome.rounds = done + 1
                 self.on_round(self.outcome)
