@@ -117,7 +117,8 @@ class LatentPairs : LatentRows<1> {
     float* acc = acc_ + first * layout_.width;
     if (key > job_.key_begin) rescale(first, acc);
     const auto values = [&](const auto& from) {
-      if (key > job_.key_begin) return product.template values<true>(weights_, from, padded, layout_.width, acc, ask_next);
+      if (key > job_.key_begin)
+        return product.template values<true>(weights_, from, padded, layout_.width, acc, ask_next);
       product.template values<false>(weights_, from, padded, layout_.width, acc, ask_next);
     };
     if constexpr (Product::kPacks) {

@@ -4,9 +4,7 @@
 
 namespace llmopt::moe {
 
-inline int64_t mlp_bytes(const Mlp& m) {
-  return m.gate.tiles() * m.up_bytes() + m.down.tiles() * m.down.tile_bytes();
-}
+inline int64_t mlp_bytes(const Mlp& m) { return m.gate.tiles() * m.up_bytes() + m.down.tiles() * m.down.tile_bytes(); }
 
 // The first of the slots that thread `rank` takes whole: the shared expert, then the chosen ones.
 inline int64_t first_slot(const Block& b, int rank, int threads) {
