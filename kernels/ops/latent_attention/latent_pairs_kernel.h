@@ -67,7 +67,6 @@ class LatentPairs : LatentRows<1> {
 
   void run() {
     const int64_t last = std::min(job_.key_end, high_of(rows_ - 1));
-    end_ = static_cast<const char*>(key_at(last));
     // the first stretch at once: the products would wait for every sixteen lines
     const void* second = key_at(std::min(last, job_.key_begin + kPairKeys));
     for (next_ = static_cast<const char*>(key_at(job_.key_begin)); next_ < second;) ask();
@@ -106,7 +105,7 @@ class LatentPairs : LatentRows<1> {
   void attend(const Product& product, int64_t g, int64_t key, int64_t n) {
     const int64_t first = g * kLanes, padded = (n + 31) / 32 * 32;
     const auto ask_next = [&] {
-      if (g == 0 && next_ < end_) ask();
+      if (g == 0) ask();
     };
     if (g == 0) find(key, n);
     for (int64_t i = 0; i * kStepKeys < n; ++i)
@@ -257,13 +256,13 @@ class LatentPairs : LatentRows<1> {
   float *const scores_, *const acc_, *const max_, *const sum_, *const keep_, *const order_;
   uint16_t *query_, *weights_, *copies_, *packed_;
   StepKeys keys_[kStretchSteps];
-  const char *next_ = nullptr, *end_ = nullptr;  // what to ask for
+  const char* next_ = nullptr;  // what to ask for
 };
 
 template <class Product>
 const LatentKernels& latent_pairs_kernels() {
   static const LatentKernels kernels = {
-      kPairKeys / 4, kPairKeys,
+      kStepKeys, kPairKeys,
       [](const LatentParams& p, int64_t rows) {
         const PairsLayout layout = LatentPairs<Product>::sizes(p, rows);
         return LatentSizes{layout.total, rows * (layout.width + 2)};
