@@ -73,7 +73,8 @@ def main(words: Sequence[str] | None = None) -> int:
     args.names = list(dict.fromkeys([OURS, *args.names]))
     field, refused = make_field(args.names, setup)
     is_large = args.shape != contenders.SMALL and "moe_intermediate_size" in SHAPES[args.shape].config
-    plan = Plan(args.jobs, args.rounds, args.cap_s, args.one_at_a_time or is_large, args.lock)
+    args.one_at_a_time = args.one_at_a_time or is_large
+    plan = Plan(args.jobs, args.rounds, args.cap_s, args.one_at_a_time, args.lock)
     ran = command(sys.argv[1:] if words is None else words)
     meter = ceiling_meter(args.threads)
 
@@ -86,7 +87,14 @@ def main(words: Sequence[str] | None = None) -> int:
             args.markdown.write_text(tables.markdown(record), encoding="utf-8")
         return record
 
-    every_round = meter.measure_round if meter else (lambda: None)
+    def every_round() -> None:
+        if meter is None:
+            return
+        for _ in range(3 if args.one_at_a_time else 1):
+            meter.measure_round()
+        if args.one_at_a_time:  # the largest models leave no room for its buffer
+            meter.close()
+
     with meter or CeilingMeter():
         outcome = Rounds(field, plan, every_round, say, on_round=written).run()
     tables.print_table(written(outcome))
@@ -107,7 +115,7 @@ def make_record(
     """
     cells = [cell for job in args.jobs for cell in job.cells]
     settings = {"threads": args.threads, "rounds": outcome.rounds, "cap_s": args.cap_s, "tokens": args.tokens,
-                "passes": args.passes or "all"}  # fmt: skip
+                "passes": args.passes or "all", "one_at_a_time": args.one_at_a_time}  # fmt: skip
     return Record(
         shape=args.shape, command=ran, settings=settings, environment=environment.capture(),
         cells=sorted(cells, key=lambda cell: (cell.startswith("decode"), "x" in cell)),

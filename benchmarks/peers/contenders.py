@@ -23,6 +23,7 @@ class Timed(Protocol):
     """A contender made ready: a ``Worker``, or something that behaves like one."""
 
     is_running: bool
+    warms_itself: bool  # its first figure of a turn is as good as the others
 
     def start(self, timeout_s: float) -> dict[str, Any]: ...
 
@@ -126,7 +127,8 @@ def _ik(setup: Setup) -> Timed:
     if not setup.ik_bench.is_file():
         raise ContenderError(f"there is no {setup.ik_bench.name} at the path given")
     _, file = _gguf(setup, "q4_0")
-    return LlamaBench(setup.ik_bench, file, setup.threads)
+    together = setup.jobs if model_files.is_moe(setup.shape) else ()
+    return LlamaBench(setup.ik_bench, file, setup.threads, together)
 
 
 FIELD: Mapping[str, Contender] = {

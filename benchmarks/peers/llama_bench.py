@@ -1,6 +1,7 @@
 """ik_llama.cpp through its own llama-bench and llama-batched-bench, where somebody has built them.
 
-They load the model for every call and warm up by themselves; only what they report is counted, not the loading.
+They load the model for every call and warm up by themselves; only what they report is counted, not the loading. Of a
+large model all jobs of a turn come from one call, for one loading.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from benchmarks.peers.jobs import Job, Times
 from benchmarks.peers.worker import ContenderError
 
 _BATCHED = "llama-batched-bench"
+_KEYS = ("build_commit", "build_number", "model_type", "model_size", "model_n_params")
+# repacked weights, flash attention, and of MoE models: fused experts, latent attention absorbed for few tokens, and what
+# else makes it faster there
+_FLAGS = ("-rtr", 1, "-fa", 1)
+_MOE_FLAGS = ("-fmoe", 1, "-mla", 3, "-muge", 1, "-mqkv", 1, "-ger", 1, "-rcache", 1, "-thp", 1)
 # | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |
 _ROW = re.compile(r"^\|(?:\s*[\d.]+\s*\|){10}\s*$", re.MULTILINE)
 
@@ -27,38 +33,51 @@ class LlamaBench:
         program: path of llama-bench; llama-batched-bench is looked for beside it.
         model: the GGUF file.
         threads: for computing.
+        together: jobs of one sequence that are measured in one call, when the first of them is asked for.
     """
 
-    def __init__(self, program: Path, model: Path, threads: int) -> None:
+    def __init__(self, program: Path, model: Path, threads: int, together: tuple[Job, ...] = ()) -> None:
         self.program, self.model, self.threads = program.resolve(), model.resolve(), threads
-        self.build: dict[str, Any] = {}
-        self.is_running = False
+        self.is_running, self.warms_itself = False, bool(together)
+        self._together = tuple(job for job in together if job.sequences == 1)
+        self._measured: dict[Job, Times] = {}
+        self._info: dict[str, Any] = {}
 
     def start(self, timeout_s: float) -> dict[str, Any]:
-        rows = self._bench(Job(8, 1), timeout_s)
+        """Returns what it says of itself; with jobs together the first of them fills that in, for one loading."""
+        if not self._info and not self._together:
+            self._bench((Job(8, 1),), timeout_s)
         self.is_running = True
-        keys = ("build_commit", "build_number", "model_type", "model_size", "model_n_params")
-        return {"program": self.program.name, **{key: rows[0][key] for key in keys if key in rows[0]}}
+        return self._info
 
     def run(self, job: Job, timeout_s: float) -> Times:
         if job.sequences > 1:
             return self._batched(job, timeout_s)
-        seconds = {row["n_gen"]: row["avg_ns"] * 1e-9 for row in self._bench(job, timeout_s)}
-        # a row with generated tokens is of those alone: its prompt is read before the clock starts
-        return Times(seconds[0], seconds[job.tokens])
+        if job not in self._measured:
+            jobs = self._together if job in self._together else (job,)
+            # rows with generated tokens are of those alone: their prompt is read before the clock starts
+            seconds = {(row["n_prompt"], row["n_gen"]): row["avg_ns"] * 1e-9 for row in self._bench(jobs, timeout_s)}
+            self._measured = {j: Times(seconds[j.depth, 0], seconds[j.depth, j.tokens]) for j in jobs}
+        return self._measured.pop(job)
 
     def close(self) -> None:
         self.is_running = False
+        self._measured.clear()
 
-    def _bench(self, job: Job, timeout_s: float) -> list[dict[str, Any]]:
+    def _bench(self, jobs: tuple[Job, ...], timeout_s: float) -> list[dict[str, Any]]:
+        wanted: list[object] = ["-p", ",".join(str(job.depth) for job in jobs), "-n", 0]
+        for job in jobs:
+            wanted += ["-gp", f"{job.depth},{job.tokens}"]
+        flags = (*_FLAGS, *_MOE_FLAGS) if self._together else _FLAGS
         out, _ = self._call(
-            [self.program, "-m", self.model, "-t", self.threads, "-p", job.depth, "-n", 0,
-             "-gp", f"{job.depth},{job.tokens}", "-r", 1, "-rtr", 1, "-fa", 1, "-o", "json"], timeout_s,
-        )  # fmt: skip
+            [self.program, "-m", self.model, "-t", self.threads, *wanted, "-r", 1, *flags, "-o", "json"], timeout_s
+        )
         try:
             rows: list[dict[str, Any]] = json.loads(out[out.index("[") :])
         except ValueError:
             raise ContenderError(f"llama-bench: expected JSON, got {out[:200]!r}") from None
+        said = {key: rows[0][key] for key in _KEYS if key in rows[0]}
+        self._info.update({"program": self.program.name, "flags": " ".join(map(str, flags)), **said})
         return rows
 
     def _batched(self, job: Job, timeout_s: float) -> Times:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +56,18 @@ class Record:
         """Rate of ``name`` over that of ``other``, by round: above 1, ``name`` is faster."""
         mine, theirs = self.complete(name, cell), self.complete(other, cell)
         return stats.ratio(mine, theirs) if mine and theirs else None
+
+    def read_share(self, name: str, cell: str) -> Interval | None:
+        """Share of the read bandwidth, the median of a round's, at which a contender that says what it ``reads`` decodes."""
+        reads = next((row.info.get("reads") for row in self.rows if row.name == name), None)
+        rates, ceilings = self.complete(name, cell), self.ceilings.get("read_gb_per_s")
+        found = re.fullmatch(r"decode (\d+)", cell)
+        if not (reads and rates and ceilings and found):
+            return None
+        size = reads["weights"] + reads["cache"] * (int(found[1]) + self.settings["tokens"] / 2)
+        each = len(ceilings) // len(rates)
+        rounds = [statistics.median(ceilings[i * each : (i + 1) * each]) for i in range(len(rates))]
+        return stats.interval([size * rate / (gb * 1e9) for rate, gb in zip(rates, rounds, strict=True)])
 
     def best_peer(self, cell: str) -> str | None:
         """The peer with the highest median."""

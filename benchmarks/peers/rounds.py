@@ -47,7 +47,7 @@ class Rounds:
     Args:
         field: contenders by name, made ready.
         plan: jobs and rounds.
-        every_round: called once a round, with the lock held (ceilings).
+        every_round: called once a round, with the lock held (ceilings); before every turn where those take minutes.
         say: progress.
         on_round: called after each round with what there is by then.
     """
@@ -62,13 +62,17 @@ class Rounds:
 
     def run(self) -> Outcome:
         try:
-            for name in self.field:
+            # what is loaded anew for every turn is warmed then
+            for name in () if self.plan.one_at_a_time else self.field:
                 self._warm_up(name)
             for done in range(self.plan.rounds):
                 self.say(f"round {done + 1} of {self.plan.rounds}")
-                self.lock.hold()
-                self.every_round()
+                measured = False
                 for name, job in self._turns(done):
+                    if not measured or (self.plan.one_at_a_time and job == self.plan.jobs[0]):
+                        self.lock.hold()
+                        self.every_round()
+                        measured = True
                     self._turn(name, job)
                 self.outcome.rounds = done + 1
                 self.on_round(self.outcome)
@@ -106,17 +110,13 @@ class Rounds:
                     times = self._timed(name, short)
             except ContenderError as error:
                 self._skip(name, job, str(error))
-                if name not in self.outcome.info:  # it does not start: nothing else will work
-                    for other in self.plan.jobs:
-                        self._skip(name, other, str(error))
+                if name not in self.outcome.info:
                     return
                 continue
             known.append((short, times))
             took = job.at_least_s(short, times)
             if took > self.plan.cap_s:
                 self._skip(name, job, f"takes {took:.0f} s, the cap is {self.plan.cap_s:.0f} s")
-        if self.plan.one_at_a_time:
-            self.field[name].close()
 
     def _timed(self, name: str, job: Job, timeout_s: float = _WARM_UP_S) -> Times:
         self.lock.hold()
@@ -135,7 +135,8 @@ class Rounds:
         try:
             if not self.field[name].is_running:
                 self._wake(name)
-                self._timed(name, dataclasses.replace(self.plan.jobs[0], tokens=_WARM_UP_TOKENS))
+                if not self.field[name].warms_itself:
+                    self._timed(name, dataclasses.replace(self.plan.jobs[0], tokens=_WARM_UP_TOKENS))
             times = self._timed(name, job, 3 * self.plan.cap_s + 60)
         except ContenderError as error:
             self._skip(name, job, str(error))
@@ -146,6 +147,8 @@ class Rounds:
             self.outcome.samples.setdefault(name, {}).setdefault(cell, []).append(rate)
 
     def _skip(self, name: str, job: Job, reason: str) -> None:
-        self.say(f"  {name}: {', '.join(job.cells)} skipped: {reason}")
-        for cell in job.cells:
+        # one that does not even start will do no other job either
+        cells = job.cells if name in self.outcome.info else [cell for each in self.plan.jobs for cell in each.cells]
+        self.say(f"  {name}: {', '.join(cells)} skipped: {reason}")
+        for cell in cells:
             self.outcome.skipped.setdefault(name, {})[cell] = reason

@@ -52,10 +52,19 @@ def ratio_rows(record: Record) -> list[tuple[str, list[Lines]]]:
         peer = record.best_peer(cell)
         best.append(lines(record.over(OURS, peer, cell), record.label(peer)) if peer else (fmt.NONE,))
     out = [("llmopt over the best peer", best)] if any(row.is_peer for row in record.rows) else []
+    shares = [record.read_share(OURS, cell) for cell in record.cells]
+    if any(shares):
+        out.append(("llmopt, of the read bandwidth", [_share(share) for share in shares]))
     for row in record.rows:
         if row.name == EAGER:
             out.append((f"llmopt over {row.label}", [lines(record.over(OURS, EAGER, cell)) for cell in record.cells]))
     return out
+
+
+def _share(value: Interval | None) -> Lines:
+    if value is None:
+        return (fmt.NONE,)
+    return f"{value.value:.0%}", f"[{value.low:.0%}, {value.high:.0%}]"
 
 
 def body(record: Record) -> list[tuple[str, list[Lines]]]:
@@ -67,7 +76,17 @@ def footnotes(record: Record) -> list[str]:
     rounds = record.settings["rounds"]
     said = f"tokens a second of all sequences together; median [95% interval] of {rounds} interleaved rounds"
     ratios = "x: rate over rate, paired by round, above 1 llmopt is faster; ≈: the interval contains 1"
-    return [said, ratios, *numbered]
+    turns = ["one engine in memory at a time, all jobs of a turn in a row"] * bool(record.settings.get("one_at_a_time"))
+    return [said, ratios, *turns, *_read_note(record), *numbered]
+
+
+def _read_note(record: Record) -> list[str]:
+    reads = next((row.info["reads"] for row in record.rows if row.name == OURS and "reads" in row.info), None)
+    if reads is None:
+        return []
+    size, cache = reads["weights"] / 1e9, reads["cache"] / 1e3
+    return [f"a token needs {size:.3f} GB of llmopt's weights (of the experts those chosen), and {cache:.1f} kB of cache "
+            "per token of depth"]  # fmt: skip
 
 
 def ceilings(record: Record) -> str:
@@ -131,7 +150,7 @@ def markdown(record: Record) -> str:
 def _behind(record: Record) -> str:
     lines = ["| | what ran |", "| --- | --- |"]
     for row in record.rows:
-        said = {key: value for key, value in row.info.items() if key not in ("weights", "passes")}
+        said = {key: value for key, value in row.info.items() if key not in ("weights", "passes", "reads")}
         passes = [f"{item['name']}: {item['verdict']}" for item in row.info.get("passes", [])]
         flat = "; ".join([f"{key} {_flat(value)}" for key, value in said.items()] + passes)
         lines.append(f"| {row.label} | {flat.replace('|', '/') or '-'} |")

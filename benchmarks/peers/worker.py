@@ -36,6 +36,8 @@ class Worker:
         log: where its stderr goes.
     """
 
+    warms_itself = False
+
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
         self.command, self.environment, self.folder, self.log = list(command), dict(environment), folder, log
         self._process: subprocess.Popen[bytes] | None = None

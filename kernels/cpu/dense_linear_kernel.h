@@ -44,12 +44,14 @@ template <int kDType, int kM, int kR>
   int64_t k = 0;
   if constexpr (kDType == kBf16) {
     for (; k + 32 <= w.cols; k += 32) {
+      // what follows a row's end is read already: ask for the row that takes its place
+      const int64_t ahead = kPrefetch / 2 + (k + kPrefetch / 2 < w.cols ? 0 : (kR - 1) * w.cols);
 #pragma GCC unroll 8
       for (int r = 0; r < kR; ++r) {
         const auto* at = static_cast<const uint16_t*>(w.data) + (row + r) * w.cols + k;
         F32x16 even, odd;
         split_bf16(load(reinterpret_cast<const float*>(at)), even, odd);
-        prefetch(at + kPrefetch / 2);
+        prefetch(at + ahead);
 #pragma GCC unroll 4
         for (int m = 0; m < kM; ++m) {
           F32x16& s = sum[m * kR + r];

@@ -76,6 +76,23 @@ def test_llama_bench_is_asked_for_prompt_and_generation_alone(tmp_path: Path) ->
     assert bench.is_running
 
 
+def test_jobs_of_a_turn_come_from_one_call(tmp_path: Path) -> None:
+    rows = [row(128, 0, 10**9), row(512, 0, 2 * 10**9), row(128, 4, 3 * 10**9), row(512, 4, 4 * 10**9)]
+    jobs = (Job(128, 4), Job(512, 4))
+    made = program(tmp_path / "llama-bench", json.dumps(rows))
+    bench = LlamaBench(made, tmp_path / "m.gguf", 2, jobs)
+    assert bench.warms_itself
+    assert bench.run(jobs[0], 30) == Times(1.0, 3.0)
+    asked = tmp_path / "llama-bench.args"
+    assert "-p 128,512 -n 0 -gp 128,4 -gp 512,4" in asked.read_text()
+    asked.unlink()
+    assert bench.run(jobs[1], 30) == Times(2.0, 4.0)
+    assert not asked.exists()
+    bench.close()
+    bench.run(jobs[1], 30)
+    assert asked.exists()
+
+
 def test_llama_batched_bench_is_looked_for_beside_it(tmp_path: Path) -> None:
     bench = LlamaBench(program(tmp_path / "llama-bench", "[]"), tmp_path / "m.gguf", 2)
     with pytest.raises(ContenderError, match="no llama-batched-bench beside"):

@@ -51,6 +51,20 @@ def test_ratios_are_paired_by_round(record: Record) -> None:
     assert (rate.value, rate.low, rate.high) == (63.0, 60.0, 66.0)
 
 
+def test_the_share_of_the_bandwidth_is_paired_by_round(record: Record) -> None:
+    assert record.read_share(OURS, "decode 128") is None
+    record.rows[0].info["reads"] = {"weights": 400_000_000, "cache": 1000}
+    record.settings["tokens"] = 32
+    share = record.read_share(OURS, "decode 128")
+    assert share is not None
+    assert share.value == pytest.approx(63 * 400_144_000 / 31e9, rel=0.03)
+    # several of a round: their median
+    record.ceilings["read_gb_per_s"] = [30.0, 29.0, 99.0, 31.0, 30.0, 99.0, 32.0, 31.0, 99.0]
+    assert record.read_share(OURS, "decode 128") == share
+    assert record.read_share(OURS, "prefill 128") is None
+    assert "of the read bandwidth" in tables.markdown(record)
+
+
 def test_the_best_peer_is_no_baseline_and_has_finished(record: Record) -> None:
     assert record.best_peer("prefill 128") == "openvino-int4"
     assert record.best_peer("decode 128") == "llama-cpp-q4_0"

@@ -18,6 +18,8 @@ JOBS = parse("128,512", tokens=32)
 class Fake:
     """Takes ``prefill_s`` for each 128 tokens of prompt and ``token_s`` a token, and writes down its turns."""
 
+    warms_itself = False
+
     def __init__(self, name: str, log: list[str], prefill_s: float = 0.5, token_s: float = 0.01) -> None:
         self.name, self.log, self.prefill_s, self.token_s = name, log, prefill_s, token_s
         self.is_running, self.starts, self.fails_from = False, 0, 10**9
@@ -133,7 +135,19 @@ def test_one_at_a_time_keeps_one_model_in_memory() -> None:
     assert timed(log) == [
         "a@128+32", "a@512+32", "b@128+32", "b@512+32", "b@128+32", "b@512+32", "a@128+32", "a@512+32",
     ]  # fmt: skip
-    assert [f.starts for f in fakes] == [3, 3]
+    assert [f.starts for f in fakes] == [2, 2]
+    assert len(out.samples["a"]["decode 512"]) == 2
+
+
+def test_one_that_warms_itself_is_only_timed() -> None:
+    class Warm(Fake):
+        warms_itself = True
+
+    log: list[str] = []
+    warm = Warm("a", log)
+    out = run([warm], rounds=2, one_at_a_time=True)
+    assert log == ["a@128+32", "a@512+32"] * 2
+    assert warm.starts == 2
     assert len(out.samples["a"]["decode 512"]) == 2
 
 

@@ -162,7 +162,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense": {"bits": 16, "dtype": torch.bfloat16},
     "joined": {"intermediate": 40},
     "routed": {"shared": 0},
+    "even": {"shared": 128},  # as many bytes as two of four experts
 }
+WIDE = {"hidden": 4096, "intermediate": 32, "down_group": 32, "experts": 8, "shared": 64}  # streams are cut in halves
 
 
 def given(tokens: int, top_k: int = 4, **change: Any) -> dict[str, Any]:
@@ -188,9 +190,9 @@ def test_any_number_of_choices(top_k: int) -> None:
         check(given(tokens, top_k))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "wide"])
 def test_one_token_alone_gives_what_it_gives_in_a_batch(kind: str, isa: str) -> None:
-    inputs = given(45, **KINDS[kind])
+    inputs = given(45, **(KINDS | {"wide": WIDE})[kind])
     rows = [run(**(inputs | {"h": inputs["h"][t : t + 1]})) for t in range(45)]
     assert torch.equal(run(**inputs), torch.cat(rows))
 
@@ -215,7 +217,7 @@ def recorded(calls: list[dict[str, Any]], h: list[torch.Tensor]) -> Any:
     return library.record_end()
 
 
-@pytest.mark.parametrize("count", [1, 2], ids=["one_thread", "two_threads"])
+@pytest.mark.parametrize("count", [1, 2, 3], ids=["one_thread", "two_threads", "three_threads"])
 def test_recorded_is_direct_bit_for_bit(count: int, isa: str, threads: Callable[[int], None]) -> None:
     # the second task needs more memory than the first has made, the third fits in it
     calls = [given(t, **KINDS[kind]) for t in (1, 17, 2) for kind in KINDS]

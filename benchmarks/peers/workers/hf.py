@@ -20,6 +20,7 @@ import torch
 import llmopt
 from benchmarks.peers.workers import serve
 from llmopt import loop
+from llmopt.measure import traffic
 from llmopt.models import resolve_model, shapes
 from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes import choose
@@ -100,6 +101,12 @@ class _NoBaseline:
         return None
 
 
+def reads(model: Any) -> dict[str, int]:
+    """Bytes that decoding one token needs: weights (of the experts those chosen), and cache per token of depth."""
+    resolved = resolve_model(model)
+    return {"weights": traffic.weight_bytes_per_token(resolved), "cache": traffic.kv_bytes(resolved, 1)}
+
+
 def weights_of(model: Any) -> list[dict[str, Any]]:
     """What is stored, by role; tied tables count once."""
     resolved = resolve_model(model)
@@ -144,7 +151,7 @@ def main() -> None:
         model = build_ours(shape, passes)
         kept = [{"name": row.name, "verdict": row.verdict, "reason": row.reason, "options": row.options}
                 for row in llmopt.report(model).passes]  # fmt: skip
-        settings: dict[str, Any] = {"llmopt": llmopt.__version__, "passes": kept}
+        settings: dict[str, Any] = {"llmopt": llmopt.__version__, "passes": kept, "reads": reads(model)}
     else:
         model = build_plain(shape)
         implementations = {"eager": EAGER, "stock": STOCK}[kind]

@@ -66,9 +66,12 @@ class LatentPairs : LatentRows<1> {
   }
 
   void run() {
+    const int64_t last = std::min(job_.key_end, high_of(rows_ - 1));
+    // the first stretch at once: the products would wait for every sixteen lines
+    const void* second = key_at(std::min(last, job_.key_begin + kPairKeys));
+    for (next_ = static_cast<const char*>(key_at(job_.key_begin)); next_ < second;) ask();
     for (int64_t g = 0; g < layout_.groups; ++g) start(g);
     const Product product;
-    const int64_t last = std::min(job_.key_end, high_of(rows_ - 1));
     for (int64_t key = job_.key_begin; key < last; key += kPairKeys)
       for (int64_t g = 0; g < layout_.groups; ++g) attend(product, g, key, std::min(kPairKeys, last - key));
     for (int64_t r = 0; r < rows_; ++r) finish(r, job_.key_begin < last);
@@ -101,20 +104,21 @@ class LatentPairs : LatentRows<1> {
 
   void attend(const Product& product, int64_t g, int64_t key, int64_t n) {
     const int64_t first = g * kLanes, padded = (n + 31) / 32 * 32;
-    const auto ask = [&] {
-      if (g == 0) next_ = ask_for(next_);
+    const auto ask_next = [&] {
+      if (g == 0) ask();
     };
     if (g == 0) find(key, n);
     for (int64_t i = 0; i * kStepKeys < n; ++i)
       product.scores(keys_[i], query_ + first * layout_.depth, layout_.depth / 32, scores_ + i * kStepKeys * kLanes,
-                     ask);
+                     ask_next);
     if (n < padded || high_of(first) < key + n) mask(first, key, n, padded);
     soften(first, padded);
     float* acc = acc_ + first * layout_.width;
     if (key > job_.key_begin) rescale(first, acc);
     const auto values = [&](const auto& from) {
-      if (key > job_.key_begin) return product.template values<true>(weights_, from, padded, layout_.width, acc, ask);
-      product.template values<false>(weights_, from, padded, layout_.width, acc, ask);
+      if (key > job_.key_begin)
+        return product.template values<true>(weights_, from, padded, layout_.width, acc, ask_next);
+      product.template values<false>(weights_, from, padded, layout_.width, acc, ask_next);
     };
     if constexpr (Product::kPacks) {
       if (g == 0) pack(padded);
@@ -144,9 +148,9 @@ class LatentPairs : LatentRows<1> {
     return {out, layout_.depth};
   }
 
-  static const char* ask_for(const char* next) {
-    for (int64_t i = 0; i < kAhead; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
-    return next + 64 * kAhead;
+  void ask() {
+    for (int64_t i = 0; i < kAhead; ++i) __builtin_prefetch(next_ + 64 * i, 0, 2);
+    next_ += 64 * kAhead;
   }
 
   // panels of 16 dimensions, the even ones of 32 and then the odd ones: packed[key / 32][panel][key / 2 % 16][16][2]

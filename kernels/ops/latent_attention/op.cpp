@@ -43,8 +43,10 @@ void cut(int64_t heads, const LatentKernels& kernels, Run& run) {
   run.num_tiles = (rows + kMostRows - 1) / kMostRows;
   run.tile_rows = std::min(rows, ceil_to((rows + run.num_tiles - 1) / run.num_tiles, kLanes));
   run.num_tiles = (rows + run.tile_rows - 1) / run.tile_rows;
+  // few keys are still worth several threads, where there is no other work for them
+  const bool is_short = keys < 2 * kernels.fewest_keys && run.num_tiles == 1;
   const int64_t splits = std::clamp<int64_t>(keys / kernels.fewest_keys, 1, kMostSplits);
-  run.split_keys = ceil_to((keys + splits - 1) / splits, kernels.tile_keys);
+  run.split_keys = is_short ? kernels.tile_keys : ceil_to((keys + splits - 1) / splits, kernels.tile_keys);
   run.num_splits = (keys + run.split_keys - 1) / run.split_keys;
 }
 

@@ -304,17 +304,4 @@ inline void add_up(const Run& r) {
   }
 }
 
-inline void run_block(const Block& b, const Buffers& s, Memory& memory, int64_t step, const Team& team) {
-  for (int64_t begin = 0; begin < b.tokens; begin += step) {
-    const Run r{b, s, memory, team, begin, std::min(step, b.tokens - begin)};
-    if (begin > 0) team.sync();  // the buffers of the tokens before are still being read
-    route(r);
-    sort_tokens(r);
-    gate_up(r);
-    prepare_act(r);
-    down(r);
-    add_up(r);
-  }
-}
-
 }  // namespace llmopt::moe

@@ -5,7 +5,7 @@
 //   weighting     [renormalize, sum_eps, sum_min, scale]
 //   sizes         [intermediate, group, down_group, bits, asymmetric]; weights of a floating dtype do not read the last four
 //   shared        gate, up, down; or nothing
-#include "block.h"
+#include "run.h"
 
 namespace llmopt {
 namespace {
