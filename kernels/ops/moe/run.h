@@ -63,24 +63,20 @@ inline void route_single(const Run& r, float* logits) {
   for (int32_t i = 0; i < b.routing.top_k; ++i) s.row[i] = i;
 }
 
-// y = w x. A product reads four runs of tiles side by side. A multiple of 4096 bytes apart, they would take each other's
-// places in the caches, and cost a tenth more; then two halves come one after the other.
-inline void stream(const LinearWeight& w, const PreparedTokens& x, float* y) {
-  int64_t most = w.tiles();
-  while (w.quantized && most >= 16 && most / 4 * w.tile_bytes() % 4096 == 0) most = (most + 1) / 2;
-  for (int64_t t = 0; t < w.tiles(); t += most)
-    tiles_product(w, x, 1, {t, std::min(t + most, w.tiles())}, {y, w.rows(), 0, nullptr});
+// y = w x
+inline void multiply(const LinearWeight& w, const PreparedTokens& x, float* y) {
+  tiles_product(w, x, 1, {0, w.tiles()}, {y, w.rows(), 0, nullptr});
 }
 
 // One gated MLP, all of it. gate after up: side by side they are a multiple of 4096 bytes apart.
 inline void run_mlp(const Mlp& m, int64_t expert, const PreparedTokens& x, float* act, const PreparedTokens& prepared,
                     float* result) {
   const int64_t inner = m.inner();
-  stream(moved(m.gate, expert * m.gate_up_step), x, act);
-  if (!m.joined) stream(moved(m.up, expert * m.gate_up_step), x, act + inner);
+  multiply(moved(m.gate, expert * m.gate_up_step), x, act);
+  if (!m.joined) multiply(moved(m.up, expert * m.gate_up_step), x, act + inner);
   linear_kernels(active_isa()).gated(act, act + inner, act, inner);
   prepare(m.down, {act, 0, inner, inner}, {0, 1}, prepared);
-  stream(moved(m.down, expert * m.down_step), prepared, result);
+  multiply(moved(m.down, expert * m.down_step), prepared, result);
 }
 
 // One token: threads meet twice, for the logits and for the sum, and each reads its experts one after the other.
