@@ -7,8 +7,10 @@ some dozens of queries on.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from llmopt.errors import UnsupportedModelError
@@ -26,6 +28,27 @@ from llmopt.runtime.weights import norm_of, weight_of
 
 # tokens of one sequence up to which the absorbed form is used
 _MOST_ABSORBED = 32
+
+
+_Halves = tuple[torch.Tensor, torch.Tensor]
+# Kept with the module they were made from: an engine is made anew whenever patches change, and making these takes a tenth of a
+# second for a model of 27 layers.
+_MADE: WeakKeyDictionary[nn.Module, tuple[tuple[float, ...], _Halves]] = WeakKeyDictionary()
+
+
+def _halves_of(kv_b: Any, heads: int, nope: int) -> _Halves:
+    quantized = isinstance(kv_b, QuantLinear)
+    weight = kv_b.packed if quantized else kv_b.weight.detach()
+    # a sample of the values too: whoever writes through `.data` leaves the version as it is
+    sample = weight.reshape(-1)[:: max(1, weight.numel() // 1000)].double().sum().item()
+    made_from = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, sample, heads, nope)
+    kept = _MADE.get(kv_b)
+    if kept is None or kept[0] != made_from:
+        dense = kv_b.dequantize() if quantized else weight
+        dtype = torch.uint8 if quantized else dense.dtype
+        kept = made_from, absorbed_weights(dense, heads=heads, nope=nope, dtype=dtype)
+        _MADE[kv_b] = kept
+    return kept[1]
 
 
 class LatentBlock:
@@ -62,13 +85,8 @@ class LatentBlock:
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W_UK and W_UV, made when first needed: at 8 bits of a quantized kv_b_proj, else in its own dtype."""
         if "both" not in self._halves:
-            kv_b = self._module.kv_b_proj
-            quantized = isinstance(kv_b, QuantLinear)
-            dense = kv_b.dequantize() if quantized else kv_b.weight.detach()
-            dtype = torch.uint8 if quantized else dense.dtype
-            made = absorbed_weights(dense, heads=self.heads, nope=self.nope, dtype=dtype)
             # programs hold addresses: of threads that make them at once, all go on with those of the first
-            self._halves.setdefault("both", made)
+            self._halves.setdefault("both", _halves_of(self._module.kv_b_proj, self.heads, self.nope))
         return self._halves["both"]
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:

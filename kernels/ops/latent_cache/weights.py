@@ -6,6 +6,7 @@ import torch
 
 from llmopt.errors import InputError
 from llmopt.ops.int4_linear import layout
+from llmopt.ops.packed_tiles import packed_nearest
 
 __all__ = ["absorbed_weights", "dense_weight", "group_for"]
 
@@ -44,13 +45,15 @@ def absorbed_weights(
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    *lead, cols = weight.shape
+    heads, rows, cols = weight.shape
     group = group_for(cols)
-    padded = torch.nn.functional.pad(weight.float(), (0, -cols % group)).unflatten(-1, (-1, group))
+    weight = weight.float().contiguous()
+    padded = torch.nn.functional.pad(weight, (0, -cols % group)).unflatten(-1, (-1, group))
     scales = (padded.abs().amax(-1) / 127).clamp(min=1e-7).half()
-    codes = (padded / scales.float()[..., None]).round().clamp(-127, 127) + 128
-    q = codes.to(torch.uint8).reshape(*lead, -1)[..., :cols]
-    return layout.pack(q, scales, None, group_size=group, bits=8)
+    out = torch.empty(heads, *layout.packed_shape(rows, cols, group, bits=8, asymmetric=False), dtype=torch.uint8)
+    for head in range(heads):
+        packed_nearest(weight[head], scales[head], None, out[head], group_size=group, bits=8)
+    return out
 
 
 def dense_weight(weight: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
