@@ -10,7 +10,7 @@ import torch
 from llmopt import native
 from llmopt.errors import InputError
 from llmopt.ops.int4_linear import layout
-from llmopt.ops.packed_tiles import packed_nearest, packed_words, reference
+from llmopt.ops.packed_tiles import packed_nearest, packed_sums, packed_words, reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
@@ -162,3 +162,34 @@ def test_bad_weights() -> None:
     ):
         with pytest.raises(InputError, match=message):
             packed_nearest(weight, given["scales"], None, out, group_size=64, bits=4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k", "group"), SIZES)
+def test_sums_follow_the_codes(n: int, k: int, group: int, bits: int) -> None:
+    given = random(n, k, group, bits, False)
+    expected = empty(n, k, group, bits, False)
+    packed_words(**given, out=expected, in_features=k, group_size=group, bits=bits)
+    tiles = expected.clone()
+    sums = slice(-(-k // group) * 32, -(-k // group) * 64)
+    tiles[:, sums] = 0xA5
+    packed_sums(tiles, in_features=k, group_size=group, bits=bits)
+    assert torch.equal(tiles, expected)
+    got = reference.packed_sums(expected, in_features=k, group_size=group, bits=bits)
+    assert torch.equal(got[:, sums], expected[:, sums])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 0}, "group_size: expected 32, 64 or 128, got 0"),
+        ({"bits": 5}, "bits: expected 4 or 8, got 5"),
+        ({"in_features": 0}, "at least one row and column"),
+        ({"in_features": 900}, "tiles: expected shape"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_bad_sums(change: dict[str, Any], message: str) -> None:
+    good = {"tiles": empty(37, 200, 64, 4, False), "in_features": 200, "group_size": 64, "bits": 4}
+    with pytest.raises(InputError, match=message):
+        packed_sums(**{**good, **change})

@@ -68,7 +68,8 @@ inline void multiply(const LinearWeight& w, const PreparedTokens& x, float* y) {
   tiles_product(w, x, 1, {0, w.tiles()}, {y, w.rows(), 0, nullptr});
 }
 
-// One gated MLP, all of it. gate after up: side by side they are a multiple of 4096 bytes apart.
+// One gated MLP, all of it. up after gate rather than side by side, where their streams lay a multiple of 4096 bytes apart
+// when this was measured.
 inline void run_mlp(const Mlp& m, int64_t expert, const PreparedTokens& x, float* act, const PreparedTokens& prepared,
                     float* result) {
   const int64_t inner = m.inner();

@@ -94,6 +94,6 @@ def packed_sums(tiles: torch.Tensor, *, in_features: int, group_size: int, bits:
         tiles.copy_(reference.packed_sums(tiles, in_features=in_features, group_size=group_size, bits=bits))
         return
     try:
-        native.library().packed_sums(tiles, in_features, group_size, bits, False)
+        native.library().packed_sums(tiles, in_features, group_size, bits)
     except ValueError as error:
         raise InputError(f"packed_sums: {error}") from None

@@ -218,12 +218,16 @@ bool pack_nearest(const Tiles& t, const T* weight, int64_t stride, int64_t tile)
   return finite;
 }
 
-Tiles checked_tiles(int64_t rows, int64_t cols, const TensorView& scales, const TensorView& zeros, int64_t group,
-                    int64_t bits, const TensorView& out) {
+void check_format(int64_t rows, int64_t cols, int64_t group, int64_t bits) {
   if (group != 32 && group != 64 && group != 128)
     TVM_FFI_THROW(ValueError) << "group_size: expected 32, 64 or 128, got " << group;
   if (bits != 4 && bits != 8) TVM_FFI_THROW(ValueError) << "bits: expected 4 or 8, got " << bits;
   if (rows < 1 || cols < 1) TVM_FFI_THROW(ValueError) << "weight: expected at least one row and column";
+}
+
+Tiles checked_tiles(int64_t rows, int64_t cols, const TensorView& scales, const TensorView& zeros, int64_t group,
+                    int64_t bits, const TensorView& out) {
+  check_format(rows, cols, group, bits);
   const bool asymmetric = zeros.numel() > 0;
   const QuantWeight weight{nullptr, rows, cols, static_cast<int>(group), static_cast<int>(bits), asymmetric};
   check_cpu("scales", scales), check_contiguous("scales", scales);
@@ -268,12 +272,13 @@ void packed_nearest(TensorView weight, TensorView scales, TensorView zeros, int6
   if (!finite) TVM_FFI_THROW(ValueError) << "weight: expected finite values, got NaN or Inf";
 }
 
-// Fills in the sums of tiles [T, tile_bytes] that have scales, zeros and codes.
-void packed_sums(TensorView tiles, int64_t cols, int64_t group, int64_t bits, bool asymmetric) {
+// Fills in the sums of symmetric tiles [T, tile_bytes] that have scales and codes.
+void packed_sums(TensorView tiles, int64_t cols, int64_t group, int64_t bits) {
   check_cpu("tiles", tiles), check_contiguous("tiles", tiles), check_bytes("tiles", tiles);
   check_shape("tiles", tiles, {-1, -1});
-  const QuantWeight weight{nullptr,   tiles.size(0) * kRows, cols, static_cast<int>(group), static_cast<int>(bits),
-                           asymmetric};
+  check_format(tiles.size(0), cols, group, bits);
+  const QuantWeight weight{nullptr, tiles.size(0) * kRows, cols, static_cast<int>(group), static_cast<int>(bits),
+                           false};
   check_shape("tiles", tiles, {-1, weight.tile_bytes()});
   const Tiles all{weight, nullptr, nullptr, static_cast<uint8_t*>(tiles.data_ptr())};
 #pragma omp parallel for schedule(static) num_threads(threads_for(tiles.size(0) * weight.tile_bytes(), 1 << 16))

@@ -14,7 +14,8 @@ from llmopt.ops.fused_linear import Weight
 
 __all__ = ["MARGIN", "screened_head"]
 
-# Times sqrt(sum over groups of scale^2 * sum of x^2). The low nibbles' deviation from their middle has a standard deviation of
+# Times sqrt(sum over groups of scale^2 * sum of x^2), where x is a token's int8 codes times their scale, before the zero point
+# (the sums of the weights take care of that exactly). The low nibbles' deviation from their middle has a standard deviation of
 # 4.6 where they are spread evenly, and is 7.5 at most. 7.5 * sqrt(in_features) would cover any pattern, and spare nothing.
 MARGIN = 30.0
 
@@ -40,7 +41,7 @@ def screened_head(
         ids: ``[T]`` int64, written.
         norm: ``[K]`` float32 weight of an RMSNorm before the product, or None.
         eps: of the norm.
-        margin: times the root of the sum of squares of scale times input, of a row.
+        margin: times the root of the sum of squares of a row's scales times the token's codes (see ``MARGIN``).
         scored: ``[T]`` int32, written: tiles of 16 rows that were scored with 8 bits; or None.
 
     Raises:
