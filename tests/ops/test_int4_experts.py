@@ -10,6 +10,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops import SPECS
 from llmopt.ops.int4_experts import int4_experts, reference
 from llmopt.ops.int4_experts.spec import make_inputs
 from llmopt.ops.spec import Case
@@ -180,3 +181,13 @@ def test_bad_calls_name_the_argument(name: str) -> None:
     inputs = given()
     with pytest.raises(InputError, match=rf"\b{named}: "):
         int4_experts(**(inputs | change(inputs)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_tokens_but_one_on_a_tie_agree_closely(seed: int, isa: str) -> None:
+    """The op's tolerance has room for one code of a token on the other side of a tie; all others have no use for it."""
+    spec = SPECS["int4_experts"]
+    inputs = spec.make_inputs(next(case for case in spec.cases if case.name == "asymmetric"), seed)
+    worst = (spec.run(**inputs) - spec.reference(**inputs)).abs().amax(1).sort().values
+    assert worst[-2] < 5e-6
+    assert worst[-1] < 5e-3
