@@ -43,6 +43,10 @@ inline F32x16 upper_half(F32x16 a) {
   return {_mm512_castsi512_ps(
       _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
+// the same after rounding to nearest, halves upwards; of numbers from 0 to 1
+inline F32x16 rounded_upper_half(F32x16 a) {
+  return upper_half({_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000)))});
+}
 // the upper half moved to the lower one, zeros above
 inline F32x16 lower_of_upper(F32x16 a) {
   return {_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16))};

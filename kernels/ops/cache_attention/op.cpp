@@ -170,7 +170,7 @@ void combine(const Given& g, const std::vector<Run>& runs, float* scratch, const
 }
 
 struct Shared {
-  Scratch partials;
+  float* partials = nullptr;
   std::vector<Run> runs;  // short ones
   PrefillWork long_runs;
   Sizes sizes;
@@ -185,19 +185,21 @@ const PrefillKernels* long_run_kernels(const Given& g) {
 }
 
 void attention_part(const Given& g, Shared& shared, const Team& team) {
-  static thread_local Scratch thread_scratch;
+  // partial results are the first thread's, and one for all ops: they are in its cache when the next op writes them
+  static thread_local Scratch thread_scratch, partial_scratch;
   const PrefillKernels* prefill = long_run_kernels(g);
   if (team.rank == 0) {
     find_runs(g, shared.runs);
     shared.jobs = divide(g, prefill != nullptr, shared.runs, shared.long_runs);
     shared.sizes = sizes_of(g, shared.runs);
     shared.next = 0;
-    shared.partials.get(static_cast<size_t>(shared.jobs * shared.sizes.partial) * sizeof(float));
+    const size_t bytes = static_cast<size_t>(shared.jobs * shared.sizes.partial) * sizeof(float);
+    shared.partials = reinterpret_cast<float*>(partial_scratch.get(bytes));
   }
   team.sync();
   if (!shared.long_runs.empty()) shared.long_runs.run(*prefill, team);
   if (shared.jobs == 0) return;
-  const Partials partials{reinterpret_cast<float*>(shared.partials.get(0)), shared.sizes.partial};
+  const Partials partials{shared.partials, shared.sizes.partial};
   float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(shared.sizes.scratch) * 4));
   // a run of splits reads on where the one before stopped, and finds its first keys prefetched
   const int64_t chunk = std::max<int64_t>(1, shared.jobs / (4 * team.size));

@@ -2,8 +2,8 @@
 
 All heads share one latent "head": a row of the cache is the key, and its first R values are the value. The cache is read
 once for both; sixteen query heads lie side by side in the lanes, so that the work runs at the speed of the multiplications.
-In bfloat16 the products are of bfloat16 where the processor is fast at that: on AMX with each weight in two parts, as good as
-float32; with vdpbf16ps with weights rounded to bfloat16.
+In bfloat16 the products are of bfloat16 where the processor is fast at that, and weights are rounded to it, as eager
+attention rounds them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def latent_attention(
 ) -> torch.Tensor:  # fmt: skip
     """``softmax(scale * query @ keys.T) @ keys[:, :rank]`` of ragged tokens, for decode and short chunks.
 
-    A token sees its sequence's slots up to its own, and nothing it does not see has influence on it, not even a NaN. Everything
-    is float32 inside. Neither the number of threads nor other sequences in the batch change a bit of the result. Nothing is
+    A token sees its sequence's slots up to its own, and nothing it does not see has influence on it, not even a NaN. Sums are
+    float32. Neither the number of threads nor other sequences in the batch change a bit of the result. Nothing is
     copied: the tensors may belong to a program that is being recorded.
 
     Args:

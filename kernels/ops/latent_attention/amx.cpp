@@ -18,12 +18,12 @@ using avx512::StepKeys;
 
 // Keys are read where they lie, as values too. A tile product adds up pairs of terms, and of a key's row those are pairs of
 // dimensions; so a weight goes in as (weight, 0), which leaves the even dimensions, and as (0, weight), which leaves the odd
-// ones. Half of the multiplications are by zero, which costs less than packing the keys in pairs. Each weight comes as two
-// bfloat16, its upper bits and the rest, and the result is as good as with float32.
+// ones. Half of the multiplications are by zero, which costs less than packing the keys in pairs. Weights are rounded to
+// bfloat16, as eager attention rounds them.
 class TileProduct {
  public:
   static constexpr bool kPacks = false;
-  static constexpr int64_t kWeights = 4 * kPanel;
+  static constexpr int64_t kWeights = 2 * kPanel;
 
   TileProduct() { _tile_loadconfig(&kWholeTiles); }
   ~TileProduct() { _tile_release(); }
@@ -52,7 +52,7 @@ class TileProduct {
     tile_store<0>(out, 64), tile_store<1>(out + 256, 64), tile_store<2>(out + 512, 64), tile_store<3>(out + 768, 64);
   }
 
-  // for 16 keys: (weight, 0), (0, weight), and the same of the rests
+  // for 16 keys: (weight, 0) and (0, weight)
   static void put_weights(const F32x16 (&x)[16], const F32x16 (&y)[16], uint16_t* out) {
     put(x, reinterpret_cast<float*>(out));
     put(y, reinterpret_cast<float*>(out + kWeights));
@@ -71,11 +71,9 @@ class TileProduct {
   static void put(const F32x16 (&x)[16], float* out) {
     using namespace avx512;
     for (int64_t i = 0; i < 16; ++i, out += 16) {
-      const F32x16 high = upper_half(x[i]), rest = upper_half(sub(x[i], high));
-      store(out, lower_of_upper(high));
-      store(out + 256, high);
-      store(out + 512, lower_of_upper(rest));
-      store(out + 768, rest);
+      const F32x16 rounded = rounded_upper_half(x[i]);
+      store(out, lower_of_upper(rounded));
+      store(out + 256, rounded);
     }
   }
 
@@ -95,7 +93,6 @@ class TileProduct {
       tile_load<6>(b, 2 * step.stride);
       if constexpr (kBoth) tile_load<7>(b + 32, 2 * step.stride);
       multiply<kBoth>(weights);
-      multiply<kBoth>(weights + 2 * kPanel);
       between();
     }
     tile_store<0>(acc, 4 * width), tile_store<1>(acc + 16, 4 * width);

@@ -29,6 +29,9 @@ struct LatentJob {
   int64_t token, seq, slot;  // the run's first token, its sequence and its slot
   int64_t row_begin, row_end, key_begin, key_end;
   float* partial;
+  // the scratch is as a job of the same rows left it, whose keys end where these begin: the queries are in place, and the
+  // first keys have been asked for
+  bool follows;
 };
 
 // Where in one thread's scratch the float32 loops keep what they need for a job of `rows` rows.
@@ -57,9 +60,10 @@ struct LatentKernels {
   int64_t tile_keys, fewest_keys;  // jobs take multiples of the one, and at least the other where there are several
   LatentSizes (*sizes)(const LatentParams& p, int64_t rows);
   void (*attend)(const LatentParams& p, const LatentJob& job, float* scratch);
-  // output row `row` of the run from `count` partial results, `stride` floats apart, the first of them `job`
-  void (*combine)(const LatentParams& p, const LatentJob& job, int64_t count, int64_t stride, int64_t row,
-                  float* scratch);
+  // the partial result of some of the keys becomes that of those of `from` too, in rows [begin, end) of the job
+  void (*merge)(const LatentParams& p, const LatentJob& job, const float* from, int64_t begin, int64_t end);
+  // output row `row` of the run from the partial result, that of all keys by now
+  void (*write)(const LatentParams& p, const LatentJob& job, int64_t row, float* scratch);
 };
 
 // by DType

@@ -116,10 +116,11 @@ class LatentAttention : LatentRows<kDType> {
     for (int64_t r = 0; r < rows_; ++r) finish(r);
   }
 
-  // see LatentKernels::combine
-  void combine(int64_t count, int64_t stride, int64_t row) {
-    const float sum = this->add_parts(count, stride, row, width_, acc_);
-    write(row, acc_, sum);
+  // see LatentKernels
+  void merge(const float* from, int64_t begin, int64_t end) const { this->add_part(from, begin, end, width_); }
+  void write_part(int64_t row) {
+    const int64_t r = row - job_.row_begin;
+    write(row, job_.partial + 2 * rows_ + r * width_, job_.partial[rows_ + r]);
   }
 
  private:
@@ -129,6 +130,9 @@ class LatentAttention : LatentRows<kDType> {
   // sixteen queries into the lanes, in units of log2
   void start(int64_t g) {
     const int64_t first = g * kLanes, n = std::min(kLanes, rows_ - first);
+    store(max_ + first, set1(kMasked));
+    store(sum_ + first, zero_f32());
+    if (job_.follows) return;
     const int64_t at = (job_.token * p_.heads + job_.row_begin + first) * p_.dim;
     for (int64_t r = 0; r < n; r += kKeyBlock)
       for (int64_t b = 0; b < layout_.blocks;)
@@ -140,8 +144,6 @@ class LatentAttention : LatentRows<kDType> {
       transpose(x);
       for (int64_t i = 0; i < 16; ++i) store(query_ + ((g * layout_.blocks + b) * 16 + i) * kLanes, x[i]);
     }
-    store(max_ + first, set1(kMasked));
-    store(sum_ + first, zero_f32());
   }
 
   void tile_of_group(int64_t g, int64_t key, int64_t n) {
@@ -221,8 +223,11 @@ const LatentKernels& latent_kernels_of() {
       [](const LatentParams& p, const LatentJob& job, float* scratch) {
         LatentAttention<kDType>(p, job, scratch).run();
       },
-      [](const LatentParams& p, const LatentJob& job, int64_t count, int64_t stride, int64_t row, float* scratch) {
-        LatentAttention<kDType>(p, job, scratch).combine(count, stride, row);
+      [](const LatentParams& p, const LatentJob& job, const float* from, int64_t begin, int64_t end) {
+        LatentAttention<kDType>(p, job, nullptr).merge(from, begin, end);
+      },
+      [](const LatentParams& p, const LatentJob& job, int64_t row, float* scratch) {
+        LatentAttention<kDType>(p, job, scratch).write_part(row);
       }};
   return kernels;
 }

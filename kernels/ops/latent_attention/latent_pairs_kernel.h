@@ -69,7 +69,7 @@ class LatentPairs : LatentRows<1> {
     const int64_t last = std::min(job_.key_end, high_of(rows_ - 1));
     // the first stretch at once: the products would wait for every sixteen lines
     const void* second = key_at(std::min(last, job_.key_begin + kPairKeys));
-    for (next_ = static_cast<const char*>(key_at(job_.key_begin)); next_ < second;) ask();
+    for (next_ = static_cast<const char*>(job_.follows ? second : key_at(job_.key_begin)); next_ < second;) ask();
     for (int64_t g = 0; g < layout_.groups; ++g) start(g);
     const Product product;
     for (int64_t key = job_.key_begin; key < last; key += kPairKeys)
@@ -77,16 +77,20 @@ class LatentPairs : LatentRows<1> {
     for (int64_t r = 0; r < rows_; ++r) finish(r, job_.key_begin < last);
   }
 
-  // see LatentKernels::combine
-  void combine(int64_t count, int64_t stride, int64_t row) {
-    const float sum = add_parts(count, stride, row, layout_.width, acc_);
-    write(row, acc_, sum);
+  // see LatentKernels
+  void merge(const float* from, int64_t begin, int64_t end) const { add_part(from, begin, end, layout_.width); }
+  void write_part(int64_t row) {
+    const int64_t r = row - job_.row_begin;
+    write(row, job_.partial + 2 * rows_ + r * layout_.width, job_.partial[rows_ + r]);
   }
 
  private:
   // sixteen queries into lanes, as pairs of dimensions
   void start(int64_t g) {
     const int64_t first = g * kLanes, n = std::min(kLanes, rows_ - first);
+    store(max_ + first, set1(kMasked));
+    store(sum_ + first, zero_f32());
+    if (job_.follows) return;
     const auto* in = static_cast<const uint16_t*>(p_.query) + (job_.token * p_.heads + job_.row_begin + first) * p_.dim;
     uint16_t* out = query_ + first * layout_.depth;
     for (int64_t d = 0; d < layout_.depth; d += 32, out += kPanel) {
@@ -98,8 +102,6 @@ class LatentPairs : LatentRows<1> {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(out) + 16 * i, x[i]);
     }
-    store(max_ + first, set1(kMasked));
-    store(sum_ + first, zero_f32());
   }
 
   void attend(const Product& product, int64_t g, int64_t key, int64_t n) {
@@ -268,8 +270,11 @@ const LatentKernels& latent_pairs_kernels() {
         return LatentSizes{layout.total, rows * (layout.width + 2)};
       },
       [](const LatentParams& p, const LatentJob& job, float* scratch) { LatentPairs<Product>(p, job, scratch).run(); },
-      [](const LatentParams& p, const LatentJob& job, int64_t count, int64_t stride, int64_t row, float* scratch) {
-        LatentPairs<Product>(p, job, scratch).combine(count, stride, row);
+      [](const LatentParams& p, const LatentJob& job, const float* from, int64_t begin, int64_t end) {
+        LatentPairs<Product>(p, job, nullptr).merge(from, begin, end);
+      },
+      [](const LatentParams& p, const LatentJob& job, int64_t row, float* scratch) {
+        LatentPairs<Product>(p, job, scratch).write_part(row);
       }};
   return kernels;
 }

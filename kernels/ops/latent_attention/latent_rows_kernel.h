@@ -25,23 +25,21 @@ class LatentRows {
     std::memcpy(job_.partial + 2 * rows_ + r * width, acc, static_cast<size_t>(width) * sizeof(float));
   }
 
-  // output row `row` of the run from `count` parts: its values, times the sum that is returned
-  float add_parts(int64_t count, int64_t stride, int64_t row, int64_t width, float* acc) const {
-    const int64_t r = row - job_.row_begin;
-    const auto part = [&](int64_t i) { return job_.partial + i * stride; };
-    float top = kMasked, sum = 0.0f;
-    for (int64_t i = 0; i < count; ++i) top = std::max(top, part(i)[r]);
-    const float base = top == kMasked ? 0.0f : top;
-    for (int64_t d = 0; d < width; d += 16) store(acc + d, zero_f32());
-    for (int64_t i = 0; i < count; ++i) {
+  // the job's part takes in another one, of the same rows
+  void add_part(const float* from, int64_t begin, int64_t end, int64_t width) const {
+    float* into = job_.partial;
+    for (int64_t r = begin; r < end; ++r) {
       // a part in which the row saw nothing
-      if (part(i)[r] == kMasked) continue;
-      const float weight = exp2_weight(part(i)[r] - base);
-      sum += weight * part(i)[rows_ + r];
-      const float* in = part(i) + 2 * rows_ + r * width;
-      for (int64_t d = 0; d < width; d += 16) store(acc + d, fmadd(set1(weight), load(in + d), load(acc + d)));
+      if (from[r] == kMasked) continue;
+      const float top = std::max(into[r], from[r]);
+      const float kept = into[r] == kMasked ? 0.0f : exp2_weight(into[r] - top), added = exp2_weight(from[r] - top);
+      into[r] = top;
+      into[rows_ + r] = kept * into[rows_ + r] + added * from[rows_ + r];
+      float* acc = into + 2 * rows_ + r * width;
+      const float* more = from + 2 * rows_ + r * width;
+      for (int64_t d = 0; d < width; d += 16)
+        store(acc + d, fmadd(set1(added), load(more + d), mul(set1(kept), load(acc + d))));
     }
-    return sum;
   }
 
   void write_row(int64_t row, const float* o, float sum) const {

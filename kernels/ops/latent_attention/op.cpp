@@ -29,7 +29,7 @@ struct Given {
 // A run: tokens [token, token + count) of one sequence, the first at `slot`, that see its keys from `start` on.
 struct Run {
   int64_t token, count, seq, slot, start;
-  int64_t tile_rows, num_tiles, split_keys, num_splits;
+  int64_t tile_rows, num_tiles, key_steps, num_splits;  // key_steps: of LatentKernels::tile_keys
   int64_t first_job;
 
   int64_t jobs() const { return num_tiles * num_splits; }
@@ -45,9 +45,8 @@ void cut(int64_t heads, const LatentKernels& kernels, Run& run) {
   run.num_tiles = (rows + run.tile_rows - 1) / run.tile_rows;
   // few keys are still worth several threads, where there is no other work for them
   const bool is_short = keys < 2 * kernels.fewest_keys && run.num_tiles == 1;
-  const int64_t splits = std::clamp<int64_t>(keys / kernels.fewest_keys, 1, kMostSplits);
-  run.split_keys = is_short ? kernels.tile_keys : ceil_to((keys + splits - 1) / splits, kernels.tile_keys);
-  run.num_splits = (keys + run.split_keys - 1) / run.split_keys;
+  run.key_steps = (keys + kernels.tile_keys - 1) / kernels.tile_keys;
+  run.num_splits = is_short ? run.key_steps : std::clamp<int64_t>(keys / kernels.fewest_keys, 1, kMostSplits);
 }
 
 void find_runs(const Given& g, const LatentKernels& kernels, std::vector<Run>& runs) {
@@ -70,29 +69,32 @@ void find_runs(const Given& g, const LatentKernels& kernels, std::vector<Run>& r
 
 struct Shared {
   const LatentKernels* kernels = nullptr;
-  Scratch partials;
+  float* partials = nullptr;
   int64_t stride = 0;  // floats between partial results
   std::vector<Run> runs;
-  int64_t jobs = 0, scratch = 0;
+  int64_t jobs = 0, chunk = 1, scratch = 0;  // chunk: jobs that a thread takes at once
   std::atomic<int64_t> next{0};
 
-  float* partial(int64_t job) { return reinterpret_cast<float*>(partials.get(0)) + job * stride; }
+  float* partial(int64_t job) { return partials + job * stride; }
 };
 
-LatentJob job_at(const Given& g, const Run& run, int64_t index, Shared& shared) {
+LatentJob job_at(const Given& g, const Run& run, int64_t index, Shared& shared, bool follows) {
   const int64_t split = index % run.num_splits, row = index / run.num_splits * run.tile_rows;
-  const int64_t key = run.start + split * run.split_keys, end = run.slot + run.count;
+  const Share steps = share_of(run.key_steps, static_cast<int>(split), static_cast<int>(run.num_splits));
+  const int64_t tile = shared.kernels->tile_keys;
   return {run.token,
           run.seq,
           run.slot,
           row,
           std::min(row + run.tile_rows, run.count * g.params.heads),
-          key,
-          std::min(key + run.split_keys, end),
-          run.num_splits > 1 ? shared.partial(run.first_job + index) : nullptr};
+          run.start + steps.begin * tile,
+          std::min(run.start + steps.end * tile, run.slot + run.count),
+          run.num_splits > 1 ? shared.partial(run.first_job + index) : nullptr,
+          follows && split > 0};
 }
 
-void plan(const Given& g, Shared& shared) {
+// `memory`: of the thread that plans, one for all ops: their partial results are in its cache when the next ones come
+void plan(const Given& g, Shared& shared, Scratch& memory, int threads) {
   shared.kernels = &latent_kernels(active_isa(), g.dtype);
   find_runs(g, *shared.kernels, shared.runs);
   shared.stride = shared.scratch = 0;
@@ -102,15 +104,38 @@ void plan(const Given& g, Shared& shared) {
     if (run.num_splits > 1) shared.stride = std::max(shared.stride, sizes.partial);
   }
   shared.jobs = shared.runs.back().first_job + shared.runs.back().jobs();
+  shared.chunk = std::max<int64_t>(1, shared.jobs / (2 * threads));
   shared.next = 0;
-  shared.partials.get(static_cast<size_t>(shared.jobs * shared.stride) * sizeof(float));
+  const size_t bytes = static_cast<size_t>(shared.jobs * shared.stride) * sizeof(float);
+  shared.partials = reinterpret_cast<float*>(memory.get(bytes));
 }
 
-void attend(const Given& g, Shared& shared, float* scratch, int64_t index) {
+// Partial results are put together as a tree: neighbours, then neighbours among those. Whoever has made both sides of a
+// node does it at once, while they are in its cache, and the rest is left to the end: the tree is always the same one, and
+// so are the bits.
+void attend(const Given& g, Shared& shared, float* scratch, int64_t begin, int64_t end) {
   const auto after = [](int64_t i, const Run& run) { return i < run.first_job; };
-  const Run& run = *(std::upper_bound(shared.runs.begin(), shared.runs.end(), index, after) - 1);
-  const LatentJob job = job_at(g, run, index - run.first_job, shared);
-  shared.kernels->attend(g.params, job, scratch);
+  for (int64_t index = begin; index < end; ++index) {
+    const Run& run = *(std::upper_bound(shared.runs.begin(), shared.runs.end(), index, after) - 1);
+    LatentJob job = job_at(g, run, index - run.first_job, shared, index > begin);
+    shared.kernels->attend(g.params, job, scratch);
+    const int64_t done = (index - run.first_job) % run.num_splits + 1;
+    for (int64_t k = 1; done % (2 * k) == 0 && index + 1 - 2 * k >= begin; k *= 2) {
+      job.partial = shared.partial(index + 1 - 2 * k);
+      shared.kernels->merge(g.params, job, shared.partial(index + 1 - k), 0, job.row_end - job.row_begin);
+    }
+  }
+}
+
+// what attend() has left of one row's tree
+void merge_rest(const Given& g, Shared& shared, const Run& run, LatentJob job, int64_t first, int64_t row) {
+  for (int64_t k = 1; k < run.num_splits; k *= 2)
+    for (int64_t split = 0; split + k < run.num_splits; split += 2 * k) {
+      const int64_t left = first + split;
+      if (split + 2 * k <= run.num_splits && left / shared.chunk == (left + 2 * k - 1) / shared.chunk) continue;
+      job.partial = shared.partial(left);
+      shared.kernels->merge(g.params, job, shared.partial(left + k), row, row + 1);
+    }
 }
 
 void combine(const Given& g, Shared& shared, float* scratch, const Team& team) {
@@ -118,18 +143,21 @@ void combine(const Given& g, Shared& shared, float* scratch, const Team& team) {
     if (run.num_splits == 1) continue;
     const Share mine = team.share(run.count * g.params.heads);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
-      const LatentJob job = job_at(g, run, row / run.tile_rows * run.num_splits, shared);
-      shared.kernels->combine(g.params, job, run.num_splits, shared.stride, row, scratch);
+      const int64_t first = row / run.tile_rows * run.num_splits;
+      const LatentJob job = job_at(g, run, first, shared, false);
+      merge_rest(g, shared, run, job, run.first_job + first, row - job.row_begin);
+      shared.kernels->write(g.params, job, row, scratch);
     }
   }
 }
 
 void attention_part(const Given& g, Shared& shared, const Team& team) {
-  static thread_local Scratch thread_scratch;
-  if (team.rank == 0) plan(g, shared);
+  static thread_local Scratch thread_scratch, partials;
+  if (team.rank == 0) plan(g, shared, partials, team.size);
   team.sync();
   float* scratch = reinterpret_cast<float*>(thread_scratch.get(static_cast<size_t>(shared.scratch) * sizeof(float)));
-  for (int64_t job; (job = shared.next.fetch_add(1)) < shared.jobs;) attend(g, shared, scratch, job);
+  for (int64_t begin; (begin = shared.next.fetch_add(shared.chunk)) < shared.jobs;)
+    attend(g, shared, scratch, begin, std::min(begin + shared.chunk, shared.jobs));
   team.sync();
   combine(g, shared, scratch, team);
 }

@@ -67,8 +67,8 @@ SPEC = OpSpec(
         *(Case(f"deepseek_v2_lite_k{k}", {**_LITE, "runs": [(0, k - 1, 1)]}, real=True) for k in (128, 4096, 8192)),
         Case("deepseek_v3_k4096", {**_LITE, "heads": 128, "runs": [(0, 4095, 1)]}, real=True),
     ),
-    # the result is float32 whatever the inputs are
-    tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (1e-5, 2e-5)),
+    # the result is float32 whatever the inputs are; with products of bfloat16 the weights are rounded
+    tolerance={torch.float32: (1e-5, 2e-5), torch.bfloat16: (1.6e-2, 4e-3), torch.float16: (1e-5, 2e-5)},
     bytes_moved=bytes_moved,
     flops=flops,
 )
