@@ -37,6 +37,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shape", default="qwen3-0.6b", choices=[*SHAPES, contenders.SMALL])
     parser.add_argument("--peers", default="all", help=f"comma-separated, of {', '.join(FIELD)}; llmopt always runs")
+    parser.add_argument("--isa", default="", help="of ours: portable, avx2, avx512 or amx")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cells", default=jobs.DEFAULT_JOBS, help="DEPTH or SEQUENCESxDEPTH, comma-separated")
     parser.add_argument(
@@ -52,7 +53,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the record")
     parser.add_argument("--markdown", type=Path, help="write the table")
     args = parser.parse_args(words)
-    args.names = list(FIELD) if args.peers == "all" else [name for name in args.peers.split(",") if name]
+    args.names = contenders.usual() if args.peers == "all" else [name for name in args.peers.split(",") if name]
     unknown = [name for name in args.names if name not in FIELD]
     if unknown:
         parser.error(f"--peers: expected some of {', '.join(FIELD)}, got {unknown[0]!r}")
@@ -68,7 +69,14 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     args = arguments(words)
     setup = Setup(
-        args.shape, args.jobs, args.threads, args.cache.resolve(), say, passes=args.passes, ik_bench=args.ik_bench
+        args.shape,
+        args.jobs,
+        args.threads,
+        args.cache.resolve(),
+        say,
+        passes=args.passes,
+        isa=args.isa,
+        ik_bench=args.ik_bench,
     )
     args.names = list(dict.fromkeys([OURS, *args.names]))
     field, refused = make_field(args.names, setup)
@@ -115,7 +123,7 @@ def make_record(
     """
     cells = [cell for job in args.jobs for cell in job.cells]
     settings = {"threads": args.threads, "rounds": outcome.rounds, "cap_s": args.cap_s, "tokens": args.tokens,
-                "passes": args.passes or "all", "one_at_a_time": args.one_at_a_time}  # fmt: skip
+                "passes": args.passes or "all", "isa": args.isa or "auto", "one_at_a_time": args.one_at_a_time}  # fmt: skip
     return Record(
         shape=args.shape, command=ran, settings=settings, environment=environment.capture(),
         cells=sorted(cells, key=lambda cell: (cell.startswith("decode"), "x" in cell)),

@@ -42,6 +42,7 @@ class Setup:
     cache: Path  # environments, model files and logs
     say: Callable[[str], None]
     passes: str = ""  # of ours, comma-separated; empty: all
+    isa: str = ""  # of ours; empty: the best here
     ik_bench: Path | None = None
 
 
@@ -54,10 +55,11 @@ class Contender:
     make: Callable[[Setup], Timed]
     is_peer: bool = True  # False: ours, and transformers without quantization
     takes_moe: bool = False
+    is_usual: bool = True  # takes part where nobody is named
 
 
-def names() -> tuple[str, ...]:
-    return tuple(FIELD)
+def usual() -> list[str]:
+    return [contender.name for contender in FIELD.values() if contender.is_usual]
 
 
 def make(name: str, setup: Setup) -> Timed:
@@ -76,10 +78,14 @@ def make(name: str, setup: Setup) -> Timed:
 
 def _worker(setup: Setup, name: str, python: Path | str, module: str, *arguments: object) -> Worker:
     variables = {
-        **os.environ, "OMP_NUM_THREADS": str(setup.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        **os.environ,
+        "LLMOPT_ISA": setup.isa or os.environ.get("LLMOPT_ISA", ""),
+        "OMP_NUM_THREADS": str(setup.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
         # what torch.compile makes is kept, as the environments are
         "TORCHINDUCTOR_CACHE_DIR": str(setup.cache / "inductor"),
-    }  # fmt: skip
+    }
     command = [str(python), "-m", f"{_WORKERS}.{module}", *map(str, arguments)]
     return Worker(command, variables, model_files.ROOT, setup.cache / "logs" / f"{setup.shape}.{name}.log")
 
@@ -92,19 +98,18 @@ def _transformers(name: str) -> Callable[[Setup], Timed]:
     return build
 
 
-def _gguf(setup: Setup, kind: str) -> tuple[Path, Path]:
-    python = environments.ensure("llama-cpp", setup.cache / "envs", setup.say)
+def _gguf(setup: Setup, kind: str, name: str = "llama-cpp") -> tuple[Path, Path]:
+    python = environments.ensure(name, setup.cache / "envs", setup.say)
     files = setup.cache / "models"
     return python, model_files.gguf_file(setup.shape, kind, files, python, setup.threads, setup.say)
 
 
-def _llama_cpp(kind: str) -> Callable[[Setup], Timed]:
+def _llama_cpp(kind: str, name: str = "llama-cpp") -> Callable[[Setup], Timed]:
     def build(setup: Setup) -> Timed:
-        python, file = _gguf(setup, kind)
+        python, file = _gguf(setup, kind, name)
         sequences = max((job.sequences for job in setup.jobs), default=1)
         context = max((job.sequences * (job.depth + job.tokens) for job in setup.jobs), default=256)
-        name = f"llama-cpp-{kind}"
-        return _worker(setup, name, python, "llama_cpp_python", file, setup.threads, sequences, context)
+        return _worker(setup, f"{name}-{kind}", python, "llama_cpp_python", file, setup.threads, sequences, context)
 
     return build
 
@@ -137,6 +142,13 @@ FIELD: Mapping[str, Contender] = {
         Contender(OURS, "llmopt", _transformers(OURS), is_peer=False, takes_moe=True),
         Contender("llama-cpp-q4_0", "llama.cpp Q4_0", _llama_cpp("q4_0"), takes_moe=True),
         Contender("llama-cpp-q4_k_m", "llama.cpp Q4_K_M", _llama_cpp("q4_k_m")),
+        Contender(
+            "llama-cpp-avx2-q4_0",
+            "llama.cpp Q4_0, AVX2",
+            _llama_cpp("q4_0", "llama-cpp-avx2"),
+            takes_moe=True,
+            is_usual=False,
+        ),
         Contender("ik-q4_0", "ik_llama.cpp Q4_0", _ik, takes_moe=True),
         Contender("openvino-int4", "OpenVINO int4", _openvino),
         Contender("torchao-int4", "torchao int4, compiled", _torchao),

@@ -1,6 +1,8 @@
 """One virtual environment per peer, made once, with pinned versions (``requirements/NAME.txt``).
 
-pip's own settings apply: whoever wants a CPU build of torch from another index says so in pip's configuration.
+pip's own settings apply: whoever wants a CPU build of torch from another index says so in pip's configuration. What is
+compiled goes through ``CC`` and ``CXX`` where they are set. GCC 12 drops the stores that llama.cpp configures AMX tiles
+from, and the process dies at ``ldtilecfg``: on a processor with AMX take clang or a later GCC.
 """
 
 from __future__ import annotations
@@ -14,8 +16,13 @@ from pathlib import Path
 from benchmarks.peers.worker import ContenderError
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
-# compiled for this processor: a portable build would be a handicap
-_BUILD = {"llama-cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
+# compiled for this processor: a portable build would be a handicap. And for one without AVX-512, to be compared with our
+# own loops for those
+_BUILD = {
+    "llama-cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+    "llama-cpp-avx2": {"CMAKE_ARGS": "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"},
+}
+_PINS = {"llama-cpp-avx2": "llama-cpp"}  # environments with another's requirements
 # comes along, is not needed, and breaks transformers where its build does not match torch's
 _REMOVE = {"openvino": ("torchvision",)}
 _CHECK = """
@@ -30,7 +37,7 @@ for line in sys.stdin.read().split():
 
 def pins(name: str) -> list[str]:
     """The requirements of an environment, as ``package==version``."""
-    lines = (REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    lines = _file_of(name).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -38,7 +45,7 @@ def ensure(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     """Its interpreter; the environment is made, or brought to the pinned versions, if need be.
 
     Args:
-        name: of the requirements file.
+        name: of the environment.
         folder: where environments are kept.
         say: told what takes long.
 
@@ -54,10 +61,14 @@ def ensure(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     checked = subprocess.run([python, "-c", _CHECK], input=wanted, capture_output=True, text=True, check=False)
     if checked.returncode:
         say(f"{name}: installing {', '.join(pins(name))} (minutes)")
-        _run([str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{name}.txt")], name)
+        _run([str(python), "-m", "pip", "install", "--quiet", "-r", str(_file_of(name))], name)
         if name in _REMOVE:
             _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *_REMOVE[name]], name)
     return python
+
+
+def _file_of(name: str) -> Path:
+    return REQUIREMENTS / f"{_PINS.get(name, name)}.txt"
 
 
 def _run(command: list[str], name: str) -> None:

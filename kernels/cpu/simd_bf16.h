@@ -70,4 +70,43 @@ inline F32x16 dot_bf16(F32x16 acc, F32x16 a, F32x16 b) {
   return acc;
 }
 
+// Operands of dot_rows_bf16, in elements: rows of 32 values, `row` apart, the next 32 of them `next` further on; and panels
+// of 16 pairs x 16 columns, the second `panel` after the first, the next 32 terms `next` further on.
+struct DotRows {
+  const uint16_t* at;
+  int64_t row, next;
+};
+struct DotPanels {
+  const uint16_t* at;
+  int64_t panel, next;
+};
+
+// c[8 rows, 32 columns] (+)= a[8, 32 * steps] x b[32 * steps, 32], in registers throughout
+template <bool kAdd>
+inline void dot_rows_bf16(DotRows a, DotPanels b, int64_t steps, float* c, int64_t ldc) {
+  F32x16 sum[8][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    sum[r][0] = kAdd ? load(c + r * ldc) : zero_f32();
+    sum[r][1] = kAdd ? load(c + r * ldc + 16) : zero_f32();
+  }
+  for (int64_t i = 0; i < steps; ++i, a.at += a.next, b.at += b.next) {
+    for (int64_t k = 0; k < 16; ++k) {
+      const float* at = reinterpret_cast<const float*>(b.at) + 16 * k;
+      const F32x16 x = load(at), y = load(at + b.panel / 2);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) {
+        const F32x16 pair = load_pair(a.at + r * a.row + 2 * k);
+        sum[r][0] = dot_bf16(sum[r][0], pair, x);
+        sum[r][1] = dot_bf16(sum[r][1], pair, y);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    store(c + r * ldc, sum[r][0]);
+    store(c + r * ldc + 16, sum[r][1]);
+  }
+}
+
 }  // namespace llmopt::avx512

@@ -49,37 +49,8 @@ class DotProduct {
     for (int64_t d = 0; d < width; d += 32) {
       between();
       for (int64_t r = 0; r < kLanes; r += 8)
-        rows<kAdd>(weights + r * 32, count / 32, packed + d / 16 * kPanel, 32 * width, acc + r * width + d, width);
-    }
-  }
-
- private:
-  // eight rows, 32 dimensions
-  template <bool kAdd>
-  static void rows(const uint16_t* weights, int64_t chunks, const uint16_t* b, int64_t step, float* acc,
-                   int64_t width) {
-    F32x16 sum[8][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
-      sum[r][0] = kAdd ? load(acc + r * width) : zero_f32();
-      sum[r][1] = kAdd ? load(acc + r * width + 16) : zero_f32();
-    }
-    for (int64_t i = 0; i < chunks; ++i, weights += kPanel, b += step) {
-      for (int64_t k = 0; k < 16; ++k) {
-        const float* at = reinterpret_cast<const float*>(b) + 16 * k;
-        const F32x16 x = load(at), y = load(at + kPanel / 2);
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) {
-          const F32x16 pair = load_pair(weights + r * 32 + 2 * k);
-          sum[r][0] = dot_bf16(sum[r][0], pair, x);
-          sum[r][1] = dot_bf16(sum[r][1], pair, y);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
-      store(acc + r * width, sum[r][0]);
-      store(acc + r * width + 16, sum[r][1]);
+        dot_rows_bf16<kAdd>({weights + r * 32, 32, kPanel}, {packed + d / 16 * kPanel, kPanel, 32 * width}, count / 32,
+                            acc + r * width + d, width);
     }
   }
 };

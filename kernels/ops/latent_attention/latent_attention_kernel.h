@@ -215,7 +215,8 @@ class LatentAttention : LatentRows<kDType> {
 template <int kDType>
 const LatentKernels& latent_kernels_of() {
   static const LatentKernels kernels = {
-      kLatentTile, 64,
+      kLatentTile,
+      64,
       [](const LatentParams& p, int64_t rows) {
         const LatentLayout layout(p, rows);
         return LatentSizes{layout.total, rows * (layout.value_blocks * 16 + 2)};

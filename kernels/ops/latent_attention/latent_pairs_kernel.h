@@ -264,7 +264,8 @@ class LatentPairs : LatentRows<1> {
 template <class Product>
 const LatentKernels& latent_pairs_kernels() {
   static const LatentKernels kernels = {
-      kStepKeys, kPairKeys,
+      kStepKeys,
+      kPairKeys,
       [](const LatentParams& p, int64_t rows) {
         const PairsLayout layout = LatentPairs<Product>::sizes(p, rows);
         return LatentSizes{layout.total, rows * (layout.width + 2)};
