@@ -1,11 +1,11 @@
 // The int4 and int8 weight formats and the functions every ISA provides for them.
 //
-// Weights: tiles of 16 output rows, one contiguous block of bytes a tile, read front to back:
+// Weights: tiles of 16 output rows, one after the other, each a contiguous block of bytes read front to back:
 //   [num_groups][16] float16 scales | [num_groups][16] int16 sums of the group's q - zero | [num_groups][16] uint8 zeros
 //   (asymmetric only) | padding | vectors of 64 bytes
 // A vector's lane r (4 bytes) belongs to row r: low nibbles are k = 8j..8j+3, high nibbles k = 8j+4..8j+7. int8 (stored plus
-// 128): first such vectors of the codes' high nibbles, then of their low nibbles: two planes, of which the first is the weight
-// at 4 bits. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when symmetric. in_features is padded to whole
+// 128): such tiles of the codes' high nibbles, which are the weight at 4 bits and can be read alone, and behind the last of
+// them the vectors of the low nibbles, tile by tile. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when symmetric. in_features is padded to whole
 // groups with q = zero, so that padding adds nothing.
 //
 // Activations: int8, one scale and one zero point per token and group (docs/decisions/0006); value = scale * q + offset. The
@@ -27,7 +27,6 @@ struct QuantWeight {
   int group;            // 32, 64 or 128
   int bits;             // 4 or 8
   bool asymmetric;
-  bool high_plane = false;  // with 4 bits: the first plane of a weight of 8
 
   int64_t num_tiles() const { return (rows + 15) / 16; }
   int64_t num_groups() const { return (cols + group - 1) / group; }
@@ -38,9 +37,13 @@ struct QuantWeight {
     const int64_t lines = num_groups() | 1;
     return 64 * (asymmetric ? std::max((num_groups() * 5 + 3) / 4 | 1, lines + 2) : lines);
   }
-  int64_t plane_bytes() const { return padded_cols() * 8; }  // 4 bits of each weight of a tile
-  // from one tile to the next
-  int64_t tile_bytes() const { return header_bytes() + plane_bytes() * (bits == 8 || high_plane ? 2 : 1); }
+  int64_t plane_bytes() const { return padded_cols() * 8; }              // 4 bits of each weight of a tile
+  int64_t step_bytes() const { return header_bytes() + plane_bytes(); }  // from one tile to the next
+  int64_t tile_bytes() const { return header_bytes() + plane_bytes() * (bits / 4); }
+  // from a tile's vectors to those of its low nibbles
+  int64_t low_plane(int64_t tile) const {
+    return (num_tiles() - tile) * step_bytes() + tile * plane_bytes() - header_bytes();
+  }
 };
 
 // Quantized activations of `tokens` tokens, in caller-owned memory.

@@ -18,7 +18,7 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // how far to ask ahead, at a group of a plane: what follows a plane's end is the same plane of the next tile
 inline int64_t prefetch_ahead(const QuantWeight& w, int64_t g, int64_t ahead) {
   const int64_t left = w.plane_bytes() - g * w.group * 8;
-  return left > ahead ? ahead : ahead + w.tile_bytes() - w.header_bytes() - w.plane_bytes();
+  return left > ahead ? ahead : ahead + w.header_bytes();
 }
 
 // what to multiply a token with before its norm's weights
@@ -91,12 +91,13 @@ struct Tile {
   const int16_t* sums;
   const uint8_t* zeros;
   const uint8_t* vectors;
+  int64_t low_plane;  // of 8 bits: from them to those of the low nibbles
 };
 inline Tile tile_at(const QuantWeight& w, int64_t t) {
-  const uint8_t* base = w.data + t * w.tile_bytes();
+  const uint8_t* base = w.data + t * w.step_bytes();
   const auto* scales = reinterpret_cast<const uint16_t*>(base);
   return {scales, reinterpret_cast<const int16_t*>(scales + w.num_groups() * 16), base + w.num_groups() * 64,
-          base + w.header_bytes()};
+          base + w.header_bytes(), w.low_plane(t)};
 }
 
 // sums of a group's weights, row by row: what a token's offset is multiplied with
@@ -140,7 +141,6 @@ template <int kBits, int kM, int kS>
     for (int m = 0; m < kM; ++m) total[s][m] = zero_f32();
   }
   constexpr int kStep = kBits == 4 ? 2 : 1;  // vectors of a plane at once: either way two are loaded
-  const int64_t plane = w.plane_bytes();
   for (int64_t g = 0; g < x.num_groups; ++g) {
     const int64_t ahead = prefetch_ahead(w, g, kPrefetch);
     I32x16 acc[kS][kM][kChains];
@@ -156,7 +156,7 @@ template <int kBits, int kM, int kS>
     for (int j = 0; j < w.group / 8; j += kStep) {
 #pragma GCC unroll 4
       for (int s = 0; s < kS; ++s) {
-        const uint8_t* second = v[s] + (kBits == 4 ? 64 : plane);
+        const uint8_t* second = v[s] + (kBits == 4 ? 64 : tile[s].low_plane);
         const U8x64 a = load_u8x64(v[s]), b = load_u8x64(second);
         prefetch(v[s] + ahead);
         prefetch(second + ahead);
@@ -210,7 +210,7 @@ void stream_product(const QuantWeight& w, const QuantTokens& x, int64_t t, int64
 // bytes apart would take each other's places in the caches: a tenth slower.
 inline int64_t stream_tiles_of(const QuantWeight& w, int64_t tiles, int64_t streams) {
   const int64_t part = tiles / streams;
-  return part > 1 && part * w.tile_bytes() % 4096 == 0 ? part - 1 : part;
+  return part > 1 && part * w.step_bytes() % 4096 == 0 ? part - 1 : part;
 }
 
 template <int kBits, int kM>
@@ -274,7 +274,6 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
     tile[i] = tile_at(w, t + i);
     v[i] = kPanel ? panel + i * w.padded_cols() * 16 : tile[i].vectors;
   }
-  const int64_t plane = w.plane_bytes();
   alignas(64) float total[kT][kM][16] = {};
   for (int64_t g = 0; g < x.num_groups; ++g) {
     const int64_t ahead = prefetch_ahead(w, g, 2 * kPrefetch);
@@ -295,8 +294,8 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
         } else if constexpr (kBits == 4) {
           low[i] = low_nibbles(raw), high[i] = high_nibbles(raw);
         } else {
-          const U8x64 rest = load_u8x64(v[i] + plane);
-          prefetch(v[i] + plane + ahead);
+          const U8x64 rest = load_u8x64(v[i] + tile[i].low_plane);
+          prefetch(v[i] + tile[i].low_plane + ahead);
           low[i] = join_low(raw, rest), high[i] = join_high(raw, rest);
         }
         v[i] += 64;
@@ -346,8 +345,9 @@ void blocks(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t
 
 template <int kBits>
 void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
-  const uint8_t* v = tile_at(w, t).vectors;
-  const int64_t plane = w.plane_bytes();
+  const Tile tile = tile_at(w, t);
+  const uint8_t* v = tile.vectors;
+  const int64_t plane = tile.low_plane;
   for (int64_t k = 0; k < w.padded_cols(); k += 8, v += 64, panel += 128) {
     const U8x64 raw = load_u8x64(v);
     prefetch(v + kPrefetch);
@@ -399,7 +399,7 @@ inline void dequantize_row(const QuantWeight& w, int64_t row, float* out) {
       const uint8_t* at = tile.vectors + k / 8 * 64 + lane * 4 + k % 4;
       const int shift = k % 8 < 4 ? 0 : 4;
       int value = at[0] >> shift & 15;
-      if (w.bits == 8) value = value << 4 | (at[w.plane_bytes()] >> shift & 15);
+      if (w.bits == 8) value = value << 4 | (at[tile.low_plane] >> shift & 15);
       out[k] = scales[lane] * static_cast<float>(value - zero);
     }
   }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,17 +45,23 @@ def grid_of(module: QuantLinear | QuantEmbedding) -> Grid:
         n, k, group, asymmetric = module.num_embeddings, module.embedding_dim, module.group_size, False
     else:
         n, k, group, asymmetric = module.out_features, module.in_features, module.kernel_group, module.asymmetric
+    size: dict[str, Any] = {"in_features": k, "group_size": group, "bits": module.bits, "asymmetric": asymmetric}
     scales, zeros = [], []
     for tiles in _tile_blocks(n, k):
         _, s, z = layout.unpack(
-            module.packed[tiles].cpu(), out_features=_rows(tiles, n), in_features=k, group_size=group,
-            bits=module.bits, asymmetric=asymmetric,
-        )  # fmt: skip
+            layout.take_tiles(module.packed, tiles, **size).cpu(), out_features=_rows(tiles, n), **size
+        )
         scales.append(s)
         zeros.append(z)
     perm = module.perm.cpu() if isinstance(module, QuantLinear) and module.perm is not None else None
     all_zeros = torch.cat([z for z in zeros if z is not None]) if asymmetric else None
     return Grid(torch.cat(scales), all_zeros, perm, n, k, module.bits, group)
+
+
+def _size(grid: Grid) -> dict[str, Any]:
+    """What the functions of layout want to know of a weight."""
+    return {"in_features": grid.in_features, "group_size": grid.kernel_group, "bits": grid.bits,
+            "asymmetric": grid.zeros is not None}  # fmt: skip
 
 
 def packed_shape(grid: Grid) -> tuple[int, int]:
@@ -76,13 +83,18 @@ def pack_rows(read_rows: ReadRows, grid: Grid, out: torch.Tensor) -> None:
         InputError: a weight is NaN or Inf.
     """
     for tiles in _tile_blocks(grid.out_features, grid.in_features):
-        _pack_block(read_rows, grid, tiles, out[tiles])
+        if grid.bits == 4:
+            _pack_block(read_rows, grid, tiles, out[tiles])
+        else:
+            block = torch.empty_like(out[tiles])
+            _pack_block(read_rows, grid, tiles, block)
+            layout.put_tiles(out, tiles, block, **_size(grid))
 
 
 def reproduces(read_rows: ReadRows, grid: Grid, packed: torch.Tensor) -> bool:
     """True when the packed bytes come back from these weights."""
     for tiles in _tile_blocks(grid.out_features, grid.in_features):
-        expected = packed[tiles].cpu()
+        expected = layout.take_tiles(packed, tiles, **_size(grid)).cpu()
         block = torch.empty_like(expected)
         _pack_block(read_rows, grid, tiles, block)
         if not torch.equal(block, expected):
@@ -103,8 +115,8 @@ def dequantized_rows(module: QuantLinear | QuantEmbedding, grid: Grid, dtype: to
     """The weight the codes stand for, ``[rows, K]`` of ``dtype``, block by block, columns in their original order."""
     for tiles in _tile_blocks(grid.out_features, grid.in_features):
         weight = layout.dequantize(
-            module.packed[tiles].cpu(), out_features=_rows(tiles, grid.out_features), in_features=grid.in_features,
-            group_size=grid.kernel_group, bits=grid.bits, asymmetric=grid.zeros is not None,
+            layout.take_tiles(module.packed, tiles, **_size(grid)).cpu(), out_features=_rows(tiles, grid.out_features),
+            **_size(grid),
         )  # fmt: skip
         if grid.perm is not None:
             weight = weight[:, torch.argsort(grid.perm)]

@@ -172,11 +172,12 @@ def test_sums_follow_the_codes(n: int, k: int, group: int, bits: int) -> None:
     packed_words(**given, out=expected, in_features=k, group_size=group, bits=bits)
     tiles = expected.clone()
     sums = slice(-(-k // group) * 32, -(-k // group) * 64)
-    tiles[:, sums] = 0xA5
+    size = {"in_features": k, "group_size": group, "bits": bits, "asymmetric": False}
+    layout.planes(tiles, **size)[0][:, sums] = 0xA5
     packed_sums(tiles, in_features=k, group_size=group, bits=bits)
     assert torch.equal(tiles, expected)
     got = reference.packed_sums(expected, in_features=k, group_size=group, bits=bits)
-    assert torch.equal(got[:, sums], expected[:, sums])
+    assert torch.equal(*(layout.planes(x, **size)[0][:, sums] for x in (got, expected)))
 
 
 @pytest.mark.parametrize(
@@ -193,3 +194,22 @@ def test_bad_sums(change: dict[str, Any], message: str) -> None:
     good = {"tiles": empty(37, 200, 64, 4, False), "in_features": 200, "group_size": 64, "bits": 4}
     with pytest.raises(InputError, match=message):
         packed_sums(**{**good, **change})
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles_are_taken_and_put_back(bits: int, asymmetric: bool) -> None:
+    n, k, group = 100, 200, 64
+    given, whole = random(n, k, group, bits, asymmetric), empty(n, k, group, bits, asymmetric)
+    packed_words(**given, out=whole, in_features=k, group_size=group, bits=bits)
+    size: dict[str, Any] = {"in_features": k, "group_size": group, "bits": bits, "asymmetric": asymmetric}
+    q, scales, zeros = layout.unpack(whole, out_features=n, **size)
+    tiles, rows = slice(2, 4), slice(32, 64)
+    taken = layout.take_tiles(whole, tiles, **size)
+    expected = layout.pack(q[rows], scales[rows], None if zeros is None else zeros[rows], group_size=group, bits=bits)
+    assert torch.equal(taken, expected)
+    changed = whole.clone()
+    layout.put_tiles(changed, tiles, torch.zeros_like(taken), **size)
+    assert not torch.equal(changed, whole)
+    layout.put_tiles(changed, tiles, taken, **size)
+    assert torch.equal(changed, whole)

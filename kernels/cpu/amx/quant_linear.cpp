@@ -51,8 +51,8 @@ void unpack_signed(const QuantWeight& w, int64_t t, uint8_t* panel) {
       prefetch(v + ahead);
       U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
       if constexpr (kBits == 8) {
-        const U8x64 rest = load_u8x64(v + w.plane_bytes());
-        prefetch(v + w.plane_bytes() + ahead);
+        const U8x64 rest = load_u8x64(v + tile.low_plane);
+        prefetch(v + tile.low_plane + ahead);
         low = join_low(raw, rest), high = join_high(raw, rest);
       }
       store_u8x64(panel, {_mm512_sub_epi8(low.v, zero)});

@@ -1,16 +1,19 @@
 """The packed layout of quantized weights (int4 and int8), in plain torch: what the C++ kernels read.
 
-Tiles of 16 output rows, each one contiguous block of bytes (kernels/cpu/quant_linear.h has the picture): float16 scales
+Tiles of 16 output rows, each a contiguous block of bytes (kernels/cpu/quant_linear.h has the picture): float16 scales
 ``[num_groups, 16]``, int16 sums of a group's ``q - zero`` of the same shape, then uint8 zeros when asymmetric, padding to an
 odd number of 64-byte lines, then vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles and
 the next four in the high ones.
-int8 (stored plus 128) is two such planes: the codes' high nibbles, then their low nibbles. ``in_features`` is padded to
-whole groups with the zero point, rows to whole tiles.
+int8 (stored plus 128) is two planes: tiles of the codes' high nibbles, which can be read alone, and behind the last of them
+the vectors of the low nibbles (:func:`planes`). ``in_features`` is padded to whole groups with the zero point, rows to whole
+tiles.
 
 Letters: N out_features, K in_features, G groups, T tiles.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -35,6 +38,57 @@ def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool
 def plane_bytes(in_features: int, group_size: int) -> int:
     """Bytes of one plane of nibbles of a tile."""
     return -(-in_features // group_size) * group_size * TILE_ROWS // 2
+
+
+def planes(
+    packed: torch.Tensor, *, in_features: int, group_size: int, bits: int, asymmetric: bool
+) -> tuple[torch.Tensor, ...]:
+    """Views of the parts of ``packed``, contiguous ``[..., T, tile_bytes]``, that have a row for every tile.
+
+    Returns:
+        headers with their codes ``[..., T, B]``; of int8 those of the high nibbles, and the low nibbles ``[..., T, P]``.
+    """
+    if bits == 4:
+        return (packed,)
+    *lead, tiles, size = packed.shape
+    first = size - plane_bytes(in_features, group_size)
+    flat = packed.view(*lead, tiles * size)
+    return (
+        flat[..., : tiles * first].unflatten(-1, (tiles, first)),
+        flat[..., tiles * first :].unflatten(-1, (tiles, size - first)),
+    )
+
+
+def take_tiles(
+    packed: torch.Tensor, tiles: slice, *, in_features: int, group_size: int, bits: int, asymmetric: bool
+) -> torch.Tensor:
+    """Some tiles of a weight ``[T, tile_bytes]``, as a weight of their own; of int8 a copy."""
+    parts = planes(packed, in_features=in_features, group_size=group_size, bits=bits, asymmetric=asymmetric)
+    return _joined([part[tiles] for part in parts])
+
+
+def put_tiles(
+    packed: torch.Tensor, tiles: slice, values: torch.Tensor, *, in_features: int, group_size: int, bits: int,
+    asymmetric: bool,
+) -> None:  # fmt: skip
+    """The inverse of :func:`take_tiles`: some tiles of ``packed`` become those of the weight ``values``."""
+    size: dict[str, Any] = {
+        "in_features": in_features,
+        "group_size": group_size,
+        "bits": bits,
+        "asymmetric": asymmetric,
+    }
+    for into, part in zip(planes(packed, **size), planes(values, **size), strict=True):
+        into[tiles] = part
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The inverse of :func:`planes`."""
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    tiles = parts[0].shape[-2]
+    joined: torch.Tensor = torch.cat([part.flatten(-2) for part in parts], -1).unflatten(-1, (tiles, -1))
+    return joined
 
 
 def packed_shape(
@@ -91,7 +145,8 @@ def pack(
         q = torch.nn.functional.pad(torch.cat([q, last.to(torch.uint8)], -1), (0, 0, 0, pad_n))
     tiles = (n + pad_n) // TILE_ROWS
     header = _header(scales, _sums(q[..., :n, :], zeros, groups, zero_point), zeros, pad_n, tiles)
-    return torch.cat([header, _vectors(q, tiles, bits)], -1).contiguous()
+    first, *rest = _vectors(q, tiles, bits)
+    return _joined([torch.cat([header, first], -1), *rest])
 
 
 def _check_codes(q: torch.Tensor, bits: int) -> None:
@@ -129,13 +184,14 @@ def _header(
     return torch.cat(parts, -1)
 
 
-def _vectors(q: torch.Tensor, tiles: int, bits: int) -> torch.Tensor:
+def _vectors(q: torch.Tensor, tiles: int, bits: int) -> list[torch.Tensor]:
+    """``[..., T, K * 8]`` a plane."""
     *lead, _, k = q.shape
     # [..., T, row, k/4, 4] -> [..., T, k/4, row, 4]
     quads = q.reshape(*lead, tiles, TILE_ROWS, k // 4, 4).transpose(-2, -3)
     low, high = quads.reshape(*lead, tiles, k // 8, 2, TILE_ROWS, 4).unbind(-3)
-    planes = [low | (high << 4)] if bits == 4 else [(low >> 4) | (high & 240), (low & 15) | (high << 4)]
-    return torch.cat([plane.reshape(*lead, tiles, k * 8) for plane in planes], -1)
+    nibbles = [low | (high << 4)] if bits == 4 else [(low >> 4) | (high & 240), (low & 15) | (high << 4)]
+    return [plane.reshape(*lead, tiles, k * 8) for plane in nibbles]
 
 
 def unpack(
@@ -145,6 +201,10 @@ def unpack(
     *lead, tiles, _ = packed.shape
     groups = -(-in_features // group_size)
     k = groups * group_size
+    parts = planes(
+        packed.contiguous(), in_features=in_features, group_size=group_size, bits=bits, asymmetric=asymmetric
+    )
+    packed = parts[0]
 
     def rows(x: torch.Tensor) -> torch.Tensor:  # [..., T, G, 16] -> [..., N, G]
         return x.transpose(-1, -2).reshape(*lead, tiles * TILE_ROWS, groups)[..., :out_features, :].contiguous()
@@ -154,9 +214,8 @@ def unpack(
     zeros = None
     if asymmetric:
         zeros = rows(packed[..., scale_bytes * 2 : scale_bytes * 5 // 2].reshape(*lead, tiles, groups, TILE_ROWS))
-    body = packed[..., -k * 2 * bits :]
-    planes = body.reshape(*lead, tiles, bits // 4, k // 8, TILE_ROWS, 4).unbind(-4)
-    nibbles = [torch.stack([plane & 15, plane >> 4], -3) for plane in planes]
+    vectors = [part[..., -k * 8 :].reshape(*lead, tiles, k // 8, TILE_ROWS, 4) for part in parts]
+    nibbles = [torch.stack([plane & 15, plane >> 4], -3) for plane in vectors]
     codes = nibbles[0] if bits == 4 else (nibbles[0] << 4) | nibbles[1]
     quads = codes.reshape(*lead, tiles, k // 4, TILE_ROWS, 4).transpose(-2, -3)
     q = quads.reshape(*lead, tiles * TILE_ROWS, k)[..., :out_features, :in_features].contiguous()

@@ -74,7 +74,8 @@ Mlp routed_mlp(const TensorView& gate_up, const TensorView& down, int64_t expert
   m.down = weight_of("down", down, experts, hidden, s.inner, s.down_group, s);
   m.gate_up_step = bytes_of(both), m.down_step = bytes_of(m.down);
   m.gate = both;
-  m.joined = both.quantized && s.inner % 16 != 0;
+  // of 8 bits the low nibbles lie behind all tiles: half of the tiles is no weight
+  m.joined = both.quantized && (s.inner % 16 != 0 || s.bits == 8);
   if (m.joined) return m;
   m.gate.quant.rows = m.gate.dense.rows = s.inner;
   m.up = moe::moved(m.gate, m.gate_up_step / 2);

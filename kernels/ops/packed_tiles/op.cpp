@@ -43,15 +43,16 @@ struct Tiles {
     const int64_t left = weight.cols - group * weight.group;
     return left < weight.group ? left : weight.group;
   }
-  // the first plane's vectors of a group; an 8-bit weight's second plane lies weight.plane_bytes() behind
+  uint8_t* header(int64_t tile) const { return out + tile * weight.step_bytes(); }
+  // the first plane's vectors of a group; those of an 8-bit weight's second plane lie weight.low_plane(tile) behind
   uint8_t* vectors(int64_t tile, int64_t group) const {
-    return out + tile * weight.tile_bytes() + weight.header_bytes() + group * weight.group * 8;
+    return header(tile) + weight.header_bytes() + group * weight.group * 8;
   }
 
   // Scales, sums and zeros of a tile whose vectors are there already; those of rows that are padding are 0.
   void write_header(int64_t tile) const {
     const int64_t groups = weight.num_groups(), rows = real_rows(tile);
-    uint8_t* to = out + tile * weight.tile_bytes();
+    uint8_t* to = header(tile);
     std::memset(to, 0, static_cast<size_t>(weight.header_bytes()));
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t r = 0; r < rows; ++r) {
@@ -66,7 +67,7 @@ struct Tiles {
   void sum_codes(int64_t tile, int64_t group, int32_t (&sum)[kRows]) const {
     const uint8_t* from = vectors(tile, group);
     std::memset(sum, 0, sizeof(sum));
-    for (int plane = 0; plane < weight.bits / 4; ++plane, from += weight.plane_bytes()) {
+    for (int plane = 0; plane < weight.bits / 4; ++plane, from += weight.low_plane(tile)) {
       // bytes hold the sums of sixteen nibbles
       uint32_t low[kRows] = {}, high[kRows] = {};
       for (int v = 0; v < weight.group / 8; ++v)
@@ -88,7 +89,7 @@ struct Tiles {
   void write_sums(int64_t tile, int64_t group) const {
     int32_t sum[kRows];
     sum_codes(tile, group, sum);
-    uint8_t* base = out + tile * weight.tile_bytes();
+    uint8_t* base = header(tile);
     const uint8_t* zero_points = base + weight.num_groups() * kRows * 4 + group * kRows;
     for (int64_t r = 0; r < kRows; ++r) {
       const int zero = weight.asymmetric ? zero_points[r] : middle();
@@ -107,24 +108,25 @@ struct Tiles {
     }
   }
 
-  // one row's part of a vector: eight codes, as two quads of bytes
-  void write_quads(uint8_t* to, uint32_t quad, uint32_t next) const {
+  // one row's part of a vector: eight codes, as two quads of bytes; `low_plane`: weight.low_plane() of its tile
+  void write_quads(uint8_t* to, int64_t low_plane, uint32_t quad, uint32_t next) const {
     constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
     const bool whole = weight.bits == 4;
     const uint32_t first = whole ? quad | next << 4 : (quad >> 4 & kLow) | (next & kHigh);
     const uint32_t second = (quad & kLow) | (next << 4 & kHigh);
     std::memcpy(to, &first, 4);
-    if (!whole) std::memcpy(to + weight.plane_bytes(), &second, 4);
+    if (!whole) std::memcpy(to + low_plane, &second, 4);
   }
 
   void write_block(const Block& block, int64_t tile, int64_t group) const {
     uint8_t* to = vectors(tile, group);
+    const int64_t low_plane = weight.low_plane(tile);
     for (int64_t k = 0; k < weight.group; k += 8)
       for (int r = 0; r < kRows; ++r, to += 4) {
         uint32_t quad, next;
         std::memcpy(&quad, block.q[r] + k, 4);
         std::memcpy(&next, block.q[r] + k + 4, 4);
-        write_quads(to, quad, next);
+        write_quads(to, low_plane, quad, next);
       }
   }
 };
@@ -138,7 +140,7 @@ inline uint32_t spread(uint32_t x) {
 // words [ceil(cols * bits / 32), stride]: a word holds consecutive columns of a row, the first in the lowest bits
 void pack_words(const Tiles& t, const uint32_t* words, int64_t stride, int64_t tile) {
   const int bits = t.weight.bits, per_word = 32 / bits;
-  const int64_t rows = t.real_rows(tile);
+  const int64_t rows = t.real_rows(tile), low_plane = t.weight.low_plane(tile);
   for (int64_t g = 0; g < t.weight.num_groups(); ++g) {
     const uint32_t* from = words + g * t.weight.group / per_word * stride + tile * kRows;
     const int64_t cols = t.real_cols(g);
@@ -146,8 +148,8 @@ void pack_words(const Tiles& t, const uint32_t* words, int64_t stride, int64_t t
       uint8_t* to = t.vectors(tile, g);
       for (int64_t k = 0; k < cols; k += 8, from += 8 / per_word * stride, to += 64)
         for (int r = 0; r < kRows; ++r)
-          bits == 8 ? t.write_quads(to + 4 * r, from[r], from[stride + r])
-                    : t.write_quads(to + 4 * r, spread(from[r] & 0xffffu), spread(from[r] >> 16));
+          bits == 8 ? t.write_quads(to + 4 * r, low_plane, from[r], from[stride + r])
+                    : t.write_quads(to + 4 * r, low_plane, spread(from[r] & 0xffffu), spread(from[r] >> 16));
       continue;
     }
     Block block;

@@ -11,8 +11,9 @@ namespace {
 
 using tvm::ffi::Optional;
 
-// Tiles whose products are held between the product and their bounds: they, and what was read for them, stay in L2.
-constexpr int64_t kHeldTiles = 128, kHeldTilesOfMany = 32;
+// Tiles whose products are held between the product and their bounds: their scales, read twice, stay in the caches, and
+// streams through so few lie close together, which memory is faster at.
+constexpr int64_t kHeldTiles = 32;
 
 // what a call needs between its steps; a recorded one keeps it
 struct Buffers {
@@ -99,17 +100,17 @@ void screen_tiles(const ScreenJob& job, const Screened& x, const Team& team) {
   static thread_local Scratch scratch;
   const ScreenKernels& kernels = screen_kernels(active_isa());
   const LinearWeight& plane = job.product.weights[0];
-  const int64_t tokens = job.tokens(), held = tokens <= kOwnTokens ? kHeldTiles : kHeldTilesOfMany;
+  const int64_t tokens = job.tokens();
   PreparedTokens seen = x.tokens;
   seen.quant.offsets = x.terms.offset;
   const Share mine = team.share(job.tiles());
-  auto* products = reinterpret_cast<float*>(scratch.get(static_cast<size_t>(tokens * held * 16) * 4));
+  auto* products = reinterpret_cast<float*>(scratch.get(static_cast<size_t>(tokens * kHeldTiles * 16) * 4));
   for (int64_t m = 0; m < tokens; ++m) job.coarse(m)[team.rank] = {-INFINITY, mine.begin};
-  for (int64_t t = mine.begin; t < mine.end; t += held) {
-    const int64_t end = std::min(t + held, mine.end);
-    tiles_product(plane, seen, tokens, {t, end}, {products - 16 * t, 16 * held, 0, nullptr});
+  for (int64_t t = mine.begin; t < mine.end; t += kHeldTiles) {
+    const int64_t end = std::min(t + kHeldTiles, mine.end);
+    tiles_product(plane, seen, tokens, {t, end}, {products - 16 * t, 16 * kHeldTiles, 0, nullptr});
     for (int64_t m = 0; m < tokens; ++m) {
-      float* product = products + m * 16 * held;
+      float* product = products + m * 16 * kHeldTiles;
       for (int64_t row = job.whole.rows; row < 16 * end; ++row) product[row - 16 * t] = -INFINITY;
       kernels.bounds(plane.quant, t, end, product, terms_of(x.terms, m, job.groups()), job.upper(m),
                      job.coarse(m)[team.rank]);
@@ -169,7 +170,7 @@ void screened_head(TensorView x, Optional<TensorView> norm, double eps, TensorVi
   job.whole = quant_weight("packed", packed, rows, cols, group, 8, false);
   check_shape("packed", packed, {job.whole.num_tiles(), job.whole.tile_bytes()});
   QuantWeight plane = job.whole;
-  plane.bits = 4, plane.high_plane = true;
+  plane.bits = 4;
   job.product.x = {x.data_ptr(), static_cast<int>(float_dtype("x", x)), x.stride(0), cols};
   if (norm.has_value()) {
     check_cpu("norm", *norm), check_shape("norm", *norm, {cols});

@@ -44,7 +44,8 @@ class _Codes:
             start, done = 0, done + count
         header = -(-k // group) * layout.TILE_ROWS
         scale = torch.full((header,), self.std / _CODE_STD[bits], dtype=torch.float16).view(torch.uint8)
-        buffer[..., : header * 2] = scale
+        first = layout.planes(buffer, in_features=k, group_size=group, bits=bits, asymmetric=False)[0]
+        first[..., : header * 2] = scale
         packed_sums(buffer.flatten(0, -2), in_features=k, group_size=group, bits=bits)
         return buffer
 
