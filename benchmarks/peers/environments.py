@@ -61,7 +61,9 @@ def ensure(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     checked = subprocess.run([python, "-c", _CHECK], input=wanted, capture_output=True, text=True, check=False)
     if checked.returncode:
         say(f"{name}: installing {', '.join(pins(name))} (minutes)")
-        _run([str(python), "-m", "pip", "install", "--quiet", "-r", str(_file_of(name))], name)
+        # a wheel that pip keeps was built with other flags, perhaps
+        fresh = ["--no-cache-dir"] if name in _BUILD else []
+        _run([str(python), "-m", "pip", "install", "--quiet", *fresh, "-r", str(_file_of(name))], name)
         if name in _REMOVE:
             _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *_REMOVE[name]], name)
     return python
