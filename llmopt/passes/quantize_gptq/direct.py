@@ -45,6 +45,8 @@ class _Codes:
         header = -(-k // group) * layout.TILE_ROWS
         scale = torch.full((header,), self.std / _CODE_STD[bits], dtype=torch.float16).view(torch.uint8)
         first = layout.planes(buffer, in_features=k, group_size=group, bits=bits, asymmetric=False)[0]
+        # what pads a header is zero, as packing leaves it: a saved model is packed again and compared by hash
+        first[..., : first.shape[-1] - layout.plane_bytes(k, group)] = 0
         first[..., : header * 2] = scale
         packed_sums(buffer.flatten(0, -2), in_features=k, group_size=group, bits=bits)
         return buffer
