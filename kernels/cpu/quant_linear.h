@@ -5,8 +5,8 @@
 //   (asymmetric only) | padding | vectors of 64 bytes
 // A vector's lane r (4 bytes) belongs to row r: low nibbles are k = 8j..8j+3, high nibbles k = 8j+4..8j+7. int8 (stored plus
 // 128): such tiles of the codes' high nibbles, which are the weight at 4 bits and can be read alone, and behind the last of
-// them the vectors of the low nibbles, tile by tile. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when symmetric. in_features is padded to whole
-// groups with q = zero, so that padding adds nothing.
+// them the vectors of the low nibbles, tile by tile. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when
+// symmetric. in_features is padded to whole groups with q = zero, so that padding adds nothing.
 //
 // Activations: int8, one scale and one zero point per token and group (docs/decisions/0006); value = scale * q + offset. The
 // weights' zero points go into the accumulator's start value, the offsets meet the sums of the weights.

@@ -85,3 +85,11 @@ def test_a_small_run_writes_table_and_record(tmp_path: Path, capsys: pytest.Capt
     assert str(tmp_path) not in table.read_text()
     assert "llmopt over eager, bf16" in table.read_text()
     assert "llmopt" in capsys.readouterr().out
+
+
+def test_a_contender_for_one_comparison_runs_only_where_it_is_named() -> None:
+    everyone, named = command.arguments([]).names, command.arguments(["--peers", "llama-cpp-avx2-q4_0"]).names
+    assert "llama-cpp-q4_0" in everyone
+    assert "llama-cpp-avx2-q4_0" not in everyone
+    assert named == ["llama-cpp-avx2-q4_0"]
+    assert environments.pins("llama-cpp-avx2") == environments.pins("llama-cpp")

@@ -219,6 +219,19 @@ def test_products_of_bf16_agree_with_the_reference(case: Any, products: str) -> 
     torch.testing.assert_close(ATTENTION.run(**inputs), expected, rtol=1e-5, atol=rounding(inputs["cache"]))
 
 
+@pytest.mark.parametrize("case", [c for c in ATTENTION.cases if not c.real], ids=lambda c: c.name)
+def test_float32_products_of_a_bf16_cache_are_as_good_as_of_float32(case: Any, isa: str) -> None:
+    if isa == "amx":
+        pytest.skip("its products are of bfloat16")
+    native.library().force_bf16_dots("off")
+    try:
+        inputs = ATTENTION.make_inputs(Case(case.name, {**case.params, "dtype": torch.bfloat16}), 5)
+        rtol, atol = ATTENTION.tolerance[torch.float32]
+        torch.testing.assert_close(ATTENTION.run(**inputs), ATTENTION.reference(**inputs), rtol=rtol, atol=atol)
+    finally:
+        native.library().force_bf16_dots("auto")
+
+
 @pytest.mark.parametrize(("rank", "rope"), [(64, 16), (64, 64), (512, 64), (37, 6)])
 def test_bf16_products_see_no_hidden_key(rank: int, rope: int, products: str) -> None:
     g = torch.Generator().manual_seed(2)

@@ -82,7 +82,8 @@ def packed_sums(tiles: torch.Tensor, *, in_features: int, group_size: int, bits:
     """Writes the sums of symmetric tiles that have everything else.
 
     Args:
-        tiles: ``[T, tile_bytes]`` uint8, contiguous, changed in place.
+        tiles: ``[T, tile_bytes]`` uint8, contiguous, changed in place; of 8 bits all tiles of one weight, since their low
+            nibbles lie behind them.
         in_features: K.
         group_size: 32, 64 or 128.
         bits: 4 or 8.
