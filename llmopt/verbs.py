@@ -71,7 +71,7 @@ def save(
         # a model loaded quantized has no originals; the writer then stores what the packed bytes stand for
         if isinstance(weight := getattr(module, "weight", None), torch.nn.Parameter):
             originals[f"{path}.weight"] = state.originals.tensor(weight)
-    applied = {p.name: p.options() for p, _ in state.kept}
+    applied = {p.name: {**p.options(), **done.settled} for p, done in state.kept}
     return checkpoint.save(
         model, directory, tokenizer=tokenizer, originals=originals, passes=applied, report=state.report,
         checkpoint_format=checkpoint_format,
@@ -114,7 +114,7 @@ def choose_recorded(recorded: Any) -> list[Pass]:
 
 def _apply_unmeasured(model: Any, passes: list[Pass]) -> None:
     resolved = resolve_model(model)
-    ctx = PassContext(resolved, next(model.buffers()).device, lambda event: None)
+    ctx = PassContext(resolved, next(model.buffers()).device, lambda event: None, trials=False)
     for item in passes:
         verdict = item.check(ctx)
         if not verdict.applies:

@@ -20,6 +20,9 @@ namespace llmopt {
 constexpr int64_t kOwnTokens = 2;
 // Bytes of weights below which a second thread is not worth waking.
 constexpr int64_t kBytesPerThread = 16 * 1024;
+// Tokens a thread from which threads share the tokens rather than the tiles. Each quantizes its own then, and no codes
+// cross from one core's cache to another's; for that it unpacks all weights.
+constexpr int64_t kSharedTokens = 128;
 // Tiles whose gate and up rows are held between the product and the gating.
 constexpr int64_t kGatedTiles = 4;
 
@@ -59,6 +62,15 @@ struct LinearJob {
     int64_t total = 0;
     for (const LinearWeight& w : weights) total += w.tiles() * w.tile_bytes();
     return total;
+  }
+  // the same for some of the tokens
+  LinearJob of_tokens(Share some) const {
+    LinearJob part = *this;
+    part.tokens = some.end - some.begin;
+    part.x.data = static_cast<const char*>(x.data) + some.begin * x.stride * bytes_of(static_cast<DType>(x.dtype));
+    for (Output& y : part.outputs)
+      y.data = static_cast<char*>(y.data) + some.begin * y.stride * bytes_of(static_cast<DType>(y.dtype));
+    return part;
   }
 };
 
@@ -122,8 +134,14 @@ inline Share tiles_in(int64_t total, int64_t start, int64_t tiles, int64_t bytes
   return {mine.begin <= start ? 0 : tile_from(mine.begin), mine.end <= start ? 0 : tile_from(mine.end)};
 }
 
+// AMX multiplies too fast for unpacking twice
+inline bool shares_tokens(const LinearJob& job, int threads) {
+  return threads > 1 && job.tokens >= kSharedTokens * threads && !job.first(false) && active_isa() != Isa::kAmx;
+}
+
 inline void linear_part(const LinearJob& job, const Team& team) {
   static thread_local Scratch own;
+  if (shares_tokens(job, team.size)) return linear_part(job.of_tokens(team.share(job.tokens)), {0, 1, nullptr});
   const bool shared = job.tokens > kOwnTokens && team.size > 1;
   PreparedTokens x = job.shared;
   if (shared) {

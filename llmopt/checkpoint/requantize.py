@@ -83,12 +83,7 @@ def pack_rows(read_rows: ReadRows, grid: Grid, out: torch.Tensor) -> None:
         InputError: a weight is NaN or Inf.
     """
     for tiles in _tile_blocks(grid.out_features, grid.in_features):
-        if grid.bits == 4:
-            _pack_block(read_rows, grid, tiles, out[tiles])
-        else:
-            block = torch.empty_like(out[tiles])
-            _pack_block(read_rows, grid, tiles, block)
-            layout.put_tiles(out, tiles, block, **_size(grid))
+        _pack_block(read_rows, grid, tiles, out, tiles.start)
 
 
 def reproduces(read_rows: ReadRows, grid: Grid, packed: torch.Tensor) -> bool:
@@ -96,19 +91,21 @@ def reproduces(read_rows: ReadRows, grid: Grid, packed: torch.Tensor) -> bool:
     for tiles in _tile_blocks(grid.out_features, grid.in_features):
         expected = layout.take_tiles(packed, tiles, **_size(grid)).cpu()
         block = torch.empty_like(expected)
-        _pack_block(read_rows, grid, tiles, block)
+        _pack_block(read_rows, grid, tiles, block, 0)
         if not torch.equal(block, expected):
             return False
     return True
 
 
-def _pack_block(read_rows: ReadRows, grid: Grid, tiles: slice, out: torch.Tensor) -> None:
+def _pack_block(read_rows: ReadRows, grid: Grid, tiles: slice, out: torch.Tensor, first_tile: int) -> None:
     rows = slice(tiles.start * layout.TILE_ROWS, min(tiles.stop * layout.TILE_ROWS, grid.out_features))
     weight = read_rows(rows.start, rows.stop).cpu()
     if grid.perm is not None:
         weight = weight[:, grid.perm]
     zeros = None if grid.zeros is None else grid.zeros[rows]
-    packed_nearest(weight, grid.scales[rows], zeros, out, group_size=grid.kernel_group, bits=grid.bits)
+    packed_nearest(
+        weight, grid.scales[rows], zeros, out, group_size=grid.kernel_group, bits=grid.bits, first_tile=first_tile
+    )
 
 
 def dequantized_rows(module: QuantLinear | QuantEmbedding, grid: Grid, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -126,6 +126,7 @@ class Applied:
     coverage: Coverage
     details: dict[str, Any] = field(default_factory=dict)  # JSON-serialisable
     changes_numerics: bool = False  # True: outputs differ by design (quantization), so a quality budget applies
+    settled: dict[str, Any] = field(default_factory=dict)  # options that a trial decided; saved in place of the pass's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class PassContext:
     calibration: Any = None  # list of 1-D int64 token tensors, made by passes.quantize_gptq.calibrate
     seed: int = 0
     prompt_tokens: int = 128  # the depth at which decode is measured
+    trials: bool = True  # False: as recorded with the model; options that are given need no trial again
 
     @property
     def model(self) -> nn.Module:

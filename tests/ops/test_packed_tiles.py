@@ -50,6 +50,28 @@ def test_words_give_the_bytes_of_the_reference(size: tuple[int, int, int], bits:
 
 
 @FORMATS
+def test_a_weight_is_packed_part_by_part(bits: int, asymmetric: bool) -> None:
+    n, k, group = 100, 200, 64
+    given, out, whole = random(n, k, group, bits, asymmetric), *(empty(n, k, group, bits, asymmetric) for _ in "ab")
+    del given["words"]
+    given["weight"] = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 2**bits
+    packed_nearest(**given, out=whole, group_size=group, bits=bits)
+    for rows in (slice(32, 96), slice(0, 32), slice(96, 100)):
+        part = {name: None if x is None else x[rows] for name, x in given.items()}
+        packed_nearest(**part, out=out, group_size=group, bits=bits, first_tile=rows.start // 16)
+    assert torch.equal(out, whole)
+
+
+@pytest.mark.parametrize("rows, first_tile", [(32, -1), (32, 6), (20, 2), (100, 1)])
+def test_parts_that_do_not_fit(rows: int, first_tile: int) -> None:
+    given, out = random(rows, 200, 64, 8, False), empty(100, 200, 64, 8, False)
+    with pytest.raises(InputError, match="first_tile"):
+        packed_nearest(
+            torch.randn(rows, 200), given["scales"], None, out, group_size=64, bits=8, first_tile=first_tile
+        )
+
+
+@FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_nearest_codes_are_those_of_the_reference(

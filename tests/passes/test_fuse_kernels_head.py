@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import llmopt
 from llmopt import native
+from llmopt.checkpoint import recorded_passes
 from llmopt.errors import InputError
 from llmopt.measure import traffic
 from llmopt.models import resolve_model
@@ -88,6 +90,25 @@ def test_a_large_head_is_screened_after_a_trial(quantized: PassContext, monkeypa
     monkeypatch.setattr(screen, "agreement", lambda *given: screen.Agreement(1000, 1.0, 0.5))
     monkeypatch.setattr("llmopt.passes.fuse_kernels._MOST_SCORED", 0.1)
     assert "left out" in FuseKernels().apply(quantized).coverage.implementations["head"]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_what_a_trial_decided_is_not_tried_again_on_load(
+    tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch, share: float, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(screen, "_LEAST_BYTES", 1)
+    tried = []
+    monkeypatch.setattr(screen, "agreement", lambda *given: tried.append(1) or screen.Agreement(1000, share, 0.01))
+    passes = [QuantizeGptq(group_size=64), FuseKernels()]
+    model = llmopt.optimize(tiny("qwen3"), passes, calibration=list(token_rows(2, 24)), measure=False)
+    saved = llmopt.save(model, tmp_path / "model")
+    assert recorded_passes(saved)["fuse_kernels"]["screened_head"] is (share == 1.0)
+    assert tried == [1]
+    loaded = llmopt.load(saved)
+    assert tried == [1]
+    ids = torch.arange(8)[None]
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), expected)
 
 
 def test_half_of_the_head_is_counted_while_it_is_screened(quantized: PassContext) -> None:

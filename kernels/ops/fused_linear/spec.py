@@ -174,14 +174,20 @@ SPEC = OpSpec(
     cases=(
         Case("one_row", {"tokens": 1, "k": 128, "weights": ((16, "int4"),)}),
         Case("no_tokens", {"tokens": 0, "k": 128, "weights": _QKV, "norm": True}),
-        *(Case(f"qkv_t{t}", {"tokens": t, "k": 384, "weights": _QKV, "norm": True}) for t in (1, 2, 3, 8, 9, 17, 63)),
+        *(
+            Case(f"qkv_t{t}", {"tokens": t, "k": 384, "weights": _QKV, "norm": True})
+            for t in (1, 2, 3, 8, 9, 17, 63, 261)
+        ),
         *(
             Case(
                 f"swiglu_t{t}", {"tokens": t, "k": 200, "weights": ((85, "int4"),) * 2, "norm": True, "mode": "swiglu"}
             )
-            for t in (1, 2, 3, 8, 9, 17, 63)
+            for t in (1, 2, 3, 8, 9, 17, 63, 261)
         ),
-        *(Case(f"add_t{t}", {"tokens": t, "k": 320, "weights": ((53, "int4"),), "mode": "add"}) for t in (1, 2, 9, 17)),
+        *(
+            Case(f"add_t{t}", {"tokens": t, "k": 320, "weights": ((53, "int4"),), "mode": "add"})
+            for t in (1, 2, 9, 17, 261)
+        ),
         *(
             Case(f"{kind}_t{t}", {"tokens": t, "k": 77, "weights": ((33, kind),), "norm": t > 1, "bias": (0,)})
             for kind in ("int4a", "int8", "int8a", "f32", "bf16", "f16")

@@ -63,7 +63,7 @@ _ODD = (
     Case("asymmetric_many", {"tokens": 29, "n": 80, "k": 320, "group": 32, "asymmetric": True}),
     *(
         Case(f"tokens_{t}", {"tokens": t, "n": 96, "k": 384, "group": 128})
-        for t in (2, 3, 7, 8, 11, 12, 13, 23, 24, 25, 63)
+        for t in (2, 3, 7, 8, 11, 12, 13, 23, 24, 25, 63, 261)
     ),
     *(Case(f"group_{g}", {"tokens": 1, "n": 48, "k": 768, "group": g}) for g in (32, 64, 128)),
 )

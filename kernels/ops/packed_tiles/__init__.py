@@ -9,6 +9,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.int4_linear import layout
 from llmopt.ops.packed_tiles import reference
 
 __all__ = ["packed_nearest", "packed_sums", "packed_words"]
@@ -49,7 +50,7 @@ def packed_words(
 
 def packed_nearest(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, out: torch.Tensor, *, group_size: int,
-    bits: int,
+    bits: int, first_tile: int = 0,
 ) -> None:  # fmt: skip
     """The nearest code of each weight: ``round(w / scale + zero)``, ties to even, within the range of the bits.
 
@@ -57,9 +58,10 @@ def packed_nearest(
         weight: ``[N, K]`` float32, bfloat16 or float16, finite; rows may have gaps between them.
         scales: ``[N, G]`` float16, finite and not 0.
         zeros: ``[N, G]`` uint8, or None when symmetric.
-        out: ``[T, tile_bytes]`` uint8, written.
+        out: ``[T, tile_bytes]`` uint8, contiguous: the whole packed weight, of which these rows' tiles are written.
         group_size: 32, 64 or 128; the last group may be short.
         bits: 4 or 8.
+        first_tile: the tile of ``out`` that ``weight`` begins with; N fills whole tiles, or reaches the last.
 
     Raises:
         InputError: a shape, dtype or size does not fit, or a weight is NaN or Inf.
@@ -67,13 +69,17 @@ def packed_nearest(
     if not native.available():
         if not bool(torch.isfinite(weight).all()):
             raise InputError("packed_nearest: weight: expected finite values, got NaN or Inf")
-        out.copy_(reference.packed_nearest(weight, scales, zeros, group_size=group_size, bits=bits))
+        packed = reference.packed_nearest(weight, scales, zeros, group_size=group_size, bits=bits)
+        layout.put_tiles(
+            out, slice(first_tile, first_tile + packed.shape[0]), packed, in_features=weight.shape[1],
+            group_size=group_size, bits=bits, asymmetric=zeros is not None,
+        )  # fmt: skip
         return
     if weight.dtype == torch.float16:
         weight = weight.float()
     none = _NO_ZEROS if zeros is None else zeros
     try:
-        native.library().packed_nearest(weight, scales, none, group_size, bits, out)
+        native.library().packed_nearest(weight, scales, none, group_size, bits, out, first_tile)
     except ValueError as error:
         raise InputError(f"packed_nearest: {error}") from None
 

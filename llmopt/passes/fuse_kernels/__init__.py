@@ -117,7 +117,8 @@ class FuseKernels(Pass):
             generation.forget()
 
         patch = Patch(swaps, on_enable=modules_changed)
-        return Applied(patch, coverage, details, changes_numerics=kv_dtype == torch.int8)
+        settled = {"screened_head": current.screened} if trial else {}
+        return Applied(patch, coverage, details, changes_numerics=kv_dtype == torch.int8, settled=settled)
 
     def _kv_dtype(self) -> torch.dtype | None:
         return None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
@@ -126,9 +127,12 @@ class FuseKernels(Pass):
         """How greedy tokens are found, and the trial of a screened head if there was one."""
         from llmopt.runtime import screen
 
+        chosen = "greedy: all rows in 4 bits, those that may win in 8"
         engine = current.get()
         if not engine.screened:
             return "all rows", {}
+        if self.screened_head and not ctx.trials:
+            return chosen, {}
         generator = torch.Generator().manual_seed(ctx.seed)
         drawn = torch.randint(0, engine.vocab_size, (_TRIAL_TOKENS,), generator=generator)
         found = screen.agreement(engine, (ctx.calibration[0] if ctx.calibration else drawn)[:_TRIAL_TOKENS])
@@ -137,7 +141,8 @@ class FuseKernels(Pass):
             current.screened = False
             current.forget()
             return "all rows: the screen was left out after its trial", trial
-        return "greedy: all rows in 4 bits, those that may win in 8", trial
+        current.screened = True
+        return chosen, trial
 
 
 def _name_of(dtype: torch.dtype) -> str:

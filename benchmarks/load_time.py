@@ -1,0 +1,100 @@
+"""Time from a saved int4 checkpoint to the first token, in fresh processes, after imports.
+
+    python benchmarks/load_time.py [--shape qwen3-0.6b] [--rounds 7] [--json FILE]
+
+Random int4 weights of the shape are saved into a temporary folder; they are loaded with fuse_kernels. Each round is two processes. Both
+import what a program would have imported and read the files once (a warm file cache), then load and generate one token
+from 128. One of them has touched and freed as much memory just before; the other comes after ten idle seconds: a virtual
+machine may then have to ask its host for every page, which takes ten times as long as filling it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import llmopt
+from llmopt import native
+from llmopt.measure import environment
+from llmopt.models import shapes
+from llmopt.passes import FuseKernels
+from llmopt.passes.quantize_gptq.direct import build_quantized
+
+PROMPT_TOKENS = 128
+MEMORY = {"at_hand": "memory at hand", "fresh": "memory from the host"}
+IDLE_S = 10
+PARTS = ("load", "first_token", "sum")
+
+
+def one_load(directory: Path, memory: str) -> dict[str, float]:
+    """Seconds of loading, of the first token, and their sum, in this process."""
+    import llmopt.checkpoint.loader
+    import llmopt.runtime.generate  # imports are not what is timed
+
+    getattr(transformers, json.loads((directory / "config.json").read_text())["architectures"][0])
+    native.library()
+    for file in directory.iterdir():
+        file.read_bytes()
+    if memory == "at_hand":
+        torch.zeros(4 * total_bytes(directory), dtype=torch.uint8)
+    started = time.perf_counter()
+    # as llmopt.json has it of a model that was optimized with it, after the trial
+    model = llmopt.load(directory, passes=[FuseKernels(screened_head=True)])
+    loaded = time.perf_counter()
+    prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    model.generate(prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    ended = time.perf_counter()
+    return {"load": loaded - started, "first_token": ended - loaded, "sum": ended - started}
+
+
+def total_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def measure(directory: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Samples of :func:`one_load`, each from a process of its own."""
+    samples: dict[str, dict[str, list[float]]] = {memory: {part: [] for part in PARTS} for memory in MEMORY}
+    for _ in range(rounds):
+        for memory in MEMORY:
+            time.sleep(IDLE_S if memory == "fresh" else 0)
+            command = [sys.executable, __file__, "--once", memory, str(directory)]
+            line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            for part, seconds in json.loads(line).items():
+                samples[memory][part].append(seconds)
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(shapes.SHAPES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.once:
+        print(json.dumps(one_load(Path(args.once[1]), args.once[0])))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        directory = llmopt.save(build_quantized(args.shape)[0], Path(folder) / "model")
+        megabytes = total_bytes(directory) / 1e6
+        samples = measure(directory, args.rounds)
+    print(f"{args.shape}, {megabytes:.0f} MB, {torch.get_num_threads()} threads, {args.rounds} processes each")
+    for memory, name in MEMORY.items():
+        for part in PARTS:
+            low, middle, high = (f(samples[memory][part]) for f in (min, statistics.median, max))
+            print(f"{name:<22}{part.replace('_', ' '):<12} {middle:.2f} s  [{low:.2f}, {high:.2f}]")
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment.capture(), "samples": samples}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
