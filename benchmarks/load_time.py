@@ -2,10 +2,10 @@
 
     python benchmarks/load_time.py [--shape qwen3-0.6b] [--rounds 7] [--json FILE]
 
-Random int4 weights of the shape are saved into a temporary folder; they are loaded with fuse_kernels. Each round is two processes. Both
-import what a program would have imported and read the files once (a warm file cache), then load and generate one token
-from 128. One of them has touched and freed as much memory just before; the other comes after ten idle seconds: a virtual
-machine may then have to ask its host for every page, which takes ten times as long as filling it.
+Random int4 weights of the shape are saved into a temporary folder; they are loaded with fuse_kernels. Each round is two
+processes. Both import what a program would have imported and read the files once (a warm file cache), then load and
+generate one token from 128. One of them has touched and freed as much memory just before; the other comes after ten idle
+seconds: a virtual machine may then have to ask its host for every page, which takes ten times as long as filling it.
 """
 
 from __future__ import annotations

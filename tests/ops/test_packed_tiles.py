@@ -62,13 +62,11 @@ def test_a_weight_is_packed_part_by_part(bits: int, asymmetric: bool) -> None:
     assert torch.equal(out, whole)
 
 
-@pytest.mark.parametrize("rows, first_tile", [(32, -1), (32, 6), (20, 2), (100, 1)])
+@pytest.mark.parametrize(("rows", "first_tile"), [(32, -1), (32, 6), (20, 2), (100, 1)])
 def test_parts_that_do_not_fit(rows: int, first_tile: int) -> None:
     given, out = random(rows, 200, 64, 8, False), empty(100, 200, 64, 8, False)
     with pytest.raises(InputError, match="first_tile"):
-        packed_nearest(
-            torch.randn(rows, 200), given["scales"], None, out, group_size=64, bits=8, first_tile=first_tile
-        )
+        packed_nearest(torch.randn(rows, 200), given["scales"], None, out, group_size=64, bits=8, first_tile=first_tile)
 
 
 @FORMATS

@@ -163,8 +163,9 @@ SPEC = OpSpec(
         decode("ernie_4_5_21b", 64, 2560, 1536, 3072, ERNIE),
         decode("qwen3_30b", 128, 2048, 768, 0, QWEN3),
     ),
-    # float32 all the way down, whatever the dtype of the router (and of weights that are not packed)
-    tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (1e-4, 2e-4)),
+    # float32 all the way down, whatever the dtype of the router (and of weights that are not packed); a code of an expert's
+    # inner activations may fall on the other side of a tie, and experts weigh up to 2.5
+    tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (1e-4, 1e-3)),
     bytes_moved=bytes_moved,
     flops=flops,
 )
