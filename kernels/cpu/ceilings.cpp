@@ -71,12 +71,14 @@ double read(const TensorView& buffer, double ms) {
   double begin = 0.0;
 #pragma omp parallel reduction(+ : total, checksum)
   {
+    const Share share = share_of(pages.count, omp_get_thread_num(), omp_get_num_threads());
+    const int64_t length = (share.end - share.begin) * kPage;
+    // where a virtual machine's host has taken back what lay idle, the first pass waits for pages
+    checksum += loop(pages.data + share.begin * kPage, length);
 #pragma omp barrier
 #pragma omp single
     begin = seconds();  // waking the threads is not part of the rate
     const double deadline = begin + ms / 1e3;
-    const Share share = share_of(pages.count, omp_get_thread_num(), omp_get_num_threads());
-    const int64_t length = (share.end - share.begin) * kPage;
     int64_t at = 0;
     while (total < length || seconds() < deadline) {
       const int64_t chunk = length - at < kReadChunk ? length - at : kReadChunk;

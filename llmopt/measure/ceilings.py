@@ -6,7 +6,8 @@ a factor of two. So ``CeilingMeter.measure_round`` takes some tens of millisecon
 =============== ======================================================================= =========================
 kind            what runs                                                               unit
 =============== ======================================================================= =========================
-read_gb_per_s   every thread streams its share of a buffer large against the L3         10^9 bytes per second
+read_gb_per_s   every thread streams its share of a buffer large against the L3, in     10^9 bytes per second
+                huge pages as weights lie, after one pass that is not timed
 int8_tops       tdpbssd (AMX); vpdpbusd (AVX-512 VNNI); vpmaddubsw chain for 4-bit      10^12 operations per second
                 weights (AVX2); plain loop over int16 (portable), in registers or L1    (a multiply-add is two)
 bf16_tflops     tdpbf16ps (AMX); vdpbf16ps, where the processor has AVX512_BF16         10^12 operations per second
@@ -54,10 +55,10 @@ class ReadBuffer:
 
     def __init__(self, num_bytes: int | None = None) -> None:
         library = native.library()
-        import torch
+        from llmopt.arena import huge_block
 
         self.num_bytes = num_bytes if num_bytes is not None else _buffer_bytes()
-        self._tensor: Any = torch.empty(self.num_bytes, dtype=torch.uint8)
+        self._tensor: Any = huge_block(self.num_bytes)  # as packed weights lie
         library.ceiling_touch(self._tensor)
 
     def read(self, milliseconds: float) -> float:
