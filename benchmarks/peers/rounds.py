@@ -1,6 +1,6 @@
 """Interleaved rounds: every contender takes its turn at every job of every round, in an order that rotates.
 
-Only one contender is awake at a time. The machine's ceilings are measured at the start of each round.
+Only one contender is awake at a time; when another one's turn begins, a short request that is not timed comes first. The machine's ceilings are measured at the start of each round.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Rounds:
     ) -> None:  # fmt: skip
         self.field, self.plan, self.every_round, self.say = dict(field), plan, every_round, say
         self.on_round, self.lock = on_round, Lock(plan.lock)
+        self._last = ""  # whose turn it was
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -133,10 +134,12 @@ class Rounds:
         if job.cells[0] in self.outcome.skipped.get(name, {}):
             return
         try:
-            if not self.field[name].is_running:
-                self._wake(name)
-                if not self.field[name].warms_itself:
-                    self._timed(name, dataclasses.replace(self.plan.jobs[0], tokens=_WARM_UP_TOKENS))
+            # those that are loaded for every turn warm up, and a host may have taken the memory of one that lay idle
+            is_cold = name != self._last or not self.field[name].is_running
+            self._wake(name)
+            if is_cold and not self.field[name].warms_itself:
+                self._timed(name, dataclasses.replace(self.plan.jobs[0], tokens=_WARM_UP_TOKENS))
+            self._last = name
             times = self._timed(name, job, 3 * self.plan.cap_s + 60)
         except ContenderError as error:
             self._skip(name, job, str(error))

@@ -90,7 +90,7 @@ def test_a_first_run_that_compiles_foretells_nothing() -> None:
 def test_a_cell_that_breaks_is_skipped_with_its_reason_and_the_rest_goes_on() -> None:
     log: list[str] = []
     breaks = Fake("breaks", log)
-    breaks.fails_from = 5  # three to warm up, then 128, then 512 breaks once
+    breaks.fails_from = 7  # three to warm up, then 128 and 512 with a request before each; 512 breaks once
     breaks_once = type("Once", (Fake,), {})("other", log)
     original = breaks.run
 
@@ -98,7 +98,7 @@ def test_a_cell_that_breaks_is_skipped_with_its_reason_and_the_rest_goes_on() ->
         try:
             return original(job, timeout_s)
         finally:
-            if breaks.runs >= 5:
+            if breaks.runs >= 7:
                 breaks.fails_from = 10**9
 
     breaks.run = once  # type: ignore[method-assign]
@@ -137,6 +137,15 @@ def test_one_at_a_time_keeps_one_model_in_memory() -> None:
     ]  # fmt: skip
     assert [f.starts for f in fakes] == [2, 2]
     assert len(out.samples["a"]["decode 512"]) == 2
+
+
+def test_one_that_lay_idle_is_warmed_before_its_turn() -> None:
+    log: list[str] = []
+    run([Fake("a", log), Fake("b", log)], rounds=1, jobs=JOBS[:1])
+    assert log[-4:] == ["a@128+4", "a@128+32", "b@128+4", "b@128+32"]
+    log.clear()
+    run([Fake("a", log)], rounds=2, one_at_a_time=True)
+    assert log == ["a@128+4", "a@128+32", "a@512+32"] * 2
 
 
 def test_one_that_warms_itself_is_only_timed() -> None:
