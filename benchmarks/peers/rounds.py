@@ -1,6 +1,7 @@
 """Interleaved rounds: every contender takes its turn at every job of every round, in an order that rotates.
 
-Only one contender is awake at a time; when another one's turn begins, a short request that is not timed comes first. The machine's ceilings are measured at the start of each round.
+Only one contender is awake at a time; when another one's turn begins, a short request that is not timed comes first.
+The machine's ceilings are measured at the start of each round.
 """
 
 from __future__ import annotations
