@@ -26,8 +26,14 @@ def weight_bytes_per_token(resolved: ResolvedModel) -> int:
     inside_experts = {t.data_ptr() for m in experts.values() for t in (*m.parameters(), *m.buffers())}
     table = {t.data_ptr() for t in (*embedding.parameters(), *embedding.buffers())}
     head_tensors = {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
-    total = 0.0
-    seen: set[int] = set()
+    total, seen = 0.0, set[int]()
+    engine = engine_of(resolved.model)
+    if engine is not None:
+        for module, size in engine.stand_ins():
+            total += size
+            seen |= {t.data_ptr() for t in (*module.parameters(), *module.buffers())}
+        # copies that other passes keep beside the weights
+        seen |= {m._buffers[n].data_ptr() for m in resolved.model.modules() for n in _copies(m)}  # type: ignore[union-attr]
     for tensor in (*resolved.model.parameters(), *resolved.model.buffers()):
         pointer = tensor.data_ptr()
         if pointer in seen or (pointer in table and pointer not in head_tensors):
@@ -35,10 +41,13 @@ def weight_bytes_per_token(resolved: ResolvedModel) -> int:
         seen.add(pointer)
         size = tensor.numel() * tensor.element_size()
         total += size * chosen if pointer in inside_experts else size
-    engine = engine_of(resolved.model)
     if engine is not None and engine.screens(1):
         total -= screen.bytes_spared(engine.head)
     return int(total)
+
+
+def _copies(module: nn.Module) -> list[str]:
+    return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
 
 
 def _experts(layer: Any) -> list[nn.Module]:

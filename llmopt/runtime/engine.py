@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.models.base import ModelFamily, ResolvedLayer, ResolvedModel
@@ -74,6 +75,12 @@ class Engine:
             sequences, len(self.layers), kv_heads, dims, capacity, self.kv_dtype, latent_rank=rank,
             own_halves=self._interleaved and self._own_halves,
         )  # fmt: skip
+
+    def stand_ins(self) -> list[tuple[nn.Module, int]]:
+        """Modules that a decode step does not read, each with the bytes it reads in their place."""
+        return [
+            pair for attention, _ in self.layers if isinstance(attention, LatentBlock) for pair in attention.stand_ins()
+        ]
 
     def rope(self, positions: int) -> Rope:
         """Tables of at least this many positions."""

@@ -13,8 +13,9 @@ from llmopt.measure import traffic
 from llmopt.measure.report import Ceilings, Interval, Timing
 from llmopt.models import FAMILIES, resolve_model
 from llmopt.packed import QuantLinear
-from llmopt.passes import FuseKernels, QuantizeGptq
+from llmopt.passes import FuseKernels, QuantizeGptq, SwapFlashAttention
 from llmopt.passes.base import PassContext
+from llmopt.runtime.engine import Engine
 
 FAMILY_NAMES = [f.model_type for f in FAMILIES]
 MOE_NAMES = [f.model_type for f in FAMILIES if f.moe]
@@ -124,6 +125,28 @@ def one_by_one(module: Any, expert: int) -> list[QuantLinear]:
     inner = module.intermediate_dim
     wide = [[t[:inner] for t in gate_up], [t[inner:] for t in gate_up]]
     return [QuantLinear.from_codes(q, s, None, None, bits=4, group_size=64) for q, s in (*wide, down)]
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_reads_what_the_engine_made_of_its_weights(family: str, tiny: Any, token_rows: Any) -> None:
+    model = tiny(family, torch.bfloat16)
+    resolved = resolve_model(model)
+    context = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 24)))
+    QuantizeGptq(group_size=64).apply(context).patch.enable()
+    quantized = traffic.weight_bytes_per_token(resolved)
+    SwapFlashAttention(force="llmopt").apply(context).patch.enable()
+    with torch.no_grad():
+        model(input_ids=torch.arange(10)[None])
+    FuseKernels(screened_head=False).apply(context).patch.enable()
+    expected = quantized
+    for layer, (attention, _) in zip(resolved.layers, Engine(resolved).layers, strict=True):
+        module = layer.attention
+        assert attention.kv_a.bits == 8
+        expected -= size(module.kv_b_proj.packed) + size(module.kv_a_proj_with_mqa.weight)
+        expected += size(attention.kv_a.data) + sum(size(half) for half in attention.halves())
+    # rotary frequencies and the like aside
+    assert traffic.weight_bytes_per_token(resolved) == pytest.approx(expected, abs=1000)
 
 
 def test_share_of_the_bandwidth() -> None:
