@@ -78,9 +78,7 @@ class Engine:
 
     def stand_ins(self) -> list[tuple[nn.Module, int]]:
         """Modules that a decode step does not read, each with the bytes it reads in their place."""
-        return [
-            pair for attention, _ in self.layers if isinstance(attention, LatentBlock) for pair in attention.stand_ins()
-        ]
+        return [attention.stand_in() for attention, _ in self.layers if isinstance(attention, LatentBlock)]
 
     def rope(self, positions: int) -> Rope:
         """Tables of at least this many positions."""

@@ -6,7 +6,6 @@ some dozens of queries on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +19,7 @@ from llmopt.ops.fused_linear import Weight
 from llmopt.ops.int4_linear import int4_linear
 from llmopt.ops.int8_linear import int8_linear
 from llmopt.ops.latent_attention import latent_attention
-from llmopt.ops.latent_cache import absorbed_weights, eight_bits, expanded_attention, latent_cache
+from llmopt.ops.latent_cache import absorbed_weights, expanded_attention, latent_cache
 from llmopt.ops.latent_output import latent_output
 from llmopt.packed import QuantLinear
 from llmopt.runtime.blocks import Context
@@ -31,45 +30,25 @@ from llmopt.runtime.weights import norm_of, weight_of
 _MOST_ABSORBED = 32
 
 
+_Halves = tuple[torch.Tensor, torch.Tensor]
 # Kept with the module they were made from: an engine is made anew whenever patches change, and making these takes a tenth of a
 # second for a model of 27 layers.
-_MADE: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], tuple[torch.Tensor, ...]]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[nn.Module, tuple[tuple[float, ...], _Halves]] = WeakKeyDictionary()
 
 
-def _made(
-    module: nn.Module, weight: torch.Tensor, how: tuple[object, ...], make: Callable[[], tuple[torch.Tensor, ...]]
-) -> tuple[torch.Tensor, ...]:
-    """What ``make`` gives for a weight of a module, made once as long as that stays what it is."""
-    # a sample of the values too: whoever writes through `.data` leaves the version as it is
-    sample = weight.reshape(-1)[:: max(1, weight.numel() // 1000)].double().sum().item()
-    made_from = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, sample, *how)
-    kept = _MADE.get(module)
-    if kept is None or kept[0] != made_from:
-        kept = made_from, make()
-        _MADE[module] = kept
-    return kept[1]
-
-
-def _halves_of(kv_b: Any, heads: int, nope: int) -> tuple[torch.Tensor, ...]:
+def _halves_of(kv_b: Any, heads: int, nope: int) -> _Halves:
     quantized = isinstance(kv_b, QuantLinear)
     weight = kv_b.packed if quantized else kv_b.weight.detach()
-
-    def make() -> tuple[torch.Tensor, ...]:
+    # a sample of the values too: whoever writes through `.data` leaves the version as it is
+    sample = weight.reshape(-1)[:: max(1, weight.numel() // 1000)].double().sum().item()
+    made_from = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, sample, heads, nope)
+    kept = _MADE.get(kv_b)
+    if kept is None or kept[0] != made_from:
         dense = kv_b.dequantize() if quantized else weight
-        return absorbed_weights(dense, heads=heads, nope=nope, dtype=torch.uint8 if quantized else dense.dtype)
-
-    return _made(kv_b, weight, (heads, nope), make)
-
-
-def _latents_of(kv_a: nn.Module, beside: Weight, name: str) -> Weight:
-    """kv_a_proj, which stays unquantized in checkpoints; at 8 bits where the query beside it is packed, so that both are one
-    product."""
-    plain = weight_of(kv_a, name)
-    if beside.bits > 8 or plain.bits <= 8:
-        return plain
-    group = beside.group_size
-    (packed,) = _made(kv_a, plain.data, (group,), lambda: (eight_bits(plain.data[None], group)[0],))
-    return Weight(packed, plain.rows, plain.cols, 8, group, bias=plain.bias)
+        dtype = torch.uint8 if quantized else dense.dtype
+        kept = made_from, absorbed_weights(dense, heads=heads, nope=nope, dtype=dtype)
+        _MADE[kv_b] = kept
+    return kept[1]
 
 
 class LatentBlock:
@@ -82,6 +61,7 @@ class LatentBlock:
         self.heads, self.rank = int(module.num_heads), int(module.kv_lora_rank)
         self.nope, self.rope_dim = int(module.qk_nope_head_dim), int(module.qk_rope_head_dim)
         self.v_dim = int(module.v_head_dim)
+        self.kv_a = weight_of(module.kv_a_proj_with_mqa, f"{layer.name}.kv_a_proj_with_mqa")
         self.kv_norm, self.kv_eps = norm_of(module.kv_a_layernorm)
         self.q_b: Weight | None = None
         if getattr(module, "q_lora_rank", None) is None:
@@ -90,13 +70,12 @@ class LatentBlock:
             self.q = weight_of(module.q_a_proj, f"{layer.name}.q_a_proj")
             self.q_b = weight_of(module.q_b_proj, f"{layer.name}.q_b_proj")
             self.q_norm, self.q_eps = norm_of(module.q_a_layernorm)
-        self.kv_a = _latents_of(module.kv_a_proj_with_mqa, self.q, f"{layer.name}.kv_a_proj_with_mqa")
         self.output = weight_of(module.o_proj, f"{layer.name}.o_proj")
         self.kv_b = weight_of(module.kv_b_proj, f"{layer.name}.kv_b_proj")
         if self.kv_b.bias is not None:
             raise UnsupportedModelError(f"{layer.name}: kv_b_proj has a bias")
         self._module = module
-        self._halves: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._halves: dict[str, _Halves] = {}
 
     @property
     def row_size(self) -> int:
@@ -108,15 +87,11 @@ class LatentBlock:
         if "both" not in self._halves:
             # programs hold addresses: of threads that make them at once, all go on with those of the first
             self._halves.setdefault("both", _halves_of(self._module.kv_b_proj, self.heads, self.nope))
-        w_uk, w_uv = self._halves["both"]
-        return w_uk, w_uv
+        return self._halves["both"]
 
-    def stand_ins(self) -> list[tuple[nn.Module, int]]:
-        """Modules that a decode step does not read, each with the bytes it reads in their place."""
-        return [
-            (self._module.kv_b_proj, sum(half.nbytes for half in self.halves())),
-            (self._module.kv_a_proj_with_mqa, self.kv_a.data.nbytes),
-        ]
+    def stand_in(self) -> tuple[nn.Module, int]:
+        """kv_b_proj, which a decode step does not read, and the bytes it reads in its place."""
+        return self._module.kv_b_proj, sum(half.nbytes for half in self.halves())
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += attention(norm(h))``, latents written to the cache."""

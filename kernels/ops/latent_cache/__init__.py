@@ -16,9 +16,9 @@ import torch
 from llmopt import native
 from llmopt.errors import InputError
 from llmopt.ops.attention import attention
-from llmopt.ops.latent_cache.weights import absorbed_weights, eight_bits, group_for
+from llmopt.ops.latent_cache.weights import absorbed_weights, group_for
 
-__all__ = ["absorbed_weights", "eight_bits", "expanded_attention", "latent_cache"]
+__all__ = ["absorbed_weights", "expanded_attention", "latent_cache"]
 
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
 _LIBRARY.define(

@@ -8,7 +8,7 @@ from llmopt.errors import InputError
 from llmopt.ops.int4_linear import layout
 from llmopt.ops.packed_tiles import packed_nearest
 
-__all__ = ["absorbed_weights", "dense_weight", "eight_bits", "group_for"]
+__all__ = ["absorbed_weights", "dense_weight", "group_for"]
 
 
 def group_for(in_features: int) -> int:
@@ -38,24 +38,15 @@ def absorbed_weights(
         raise InputError.argument("kv_b", expected=expected, got=list(kv_b.shape))
     uk, uv = kv_b.view(heads, -1, kv_b.shape[1]).tensor_split([nope], dim=1)
     if dtype == torch.uint8:
-        return eight_bits(uk.transpose(1, 2)), eight_bits(uv)
+        return _packed(uk.transpose(1, 2)), _packed(uv)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError.argument("dtype", expected="uint8 or a float dtype of 16 or 32 bits", got=dtype)
     return uk.transpose(1, 2).to(dtype).contiguous(), uv.to(dtype).contiguous()
 
 
-def eight_bits(weight: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
-    """Weights ``[heads, N, K]`` of a float dtype as symmetric 8-bit ones, ``[heads, tiles, tile_bytes]``, rounded to nearest.
-
-    Args:
-        weight: finite.
-        group_size: 32, 64 or 128; None: :func:`group_for`.
-
-    Raises:
-        InputError: a weight is NaN or Inf.
-    """
+def _packed(weight: torch.Tensor) -> torch.Tensor:
     heads, rows, cols = weight.shape
-    group = group_size or group_for(cols)
+    group = group_for(cols)
     weight = weight.float().contiguous()
     padded = torch.nn.functional.pad(weight, (0, -cols % group)).unflatten(-1, (-1, group))
     scales = (padded.abs().amax(-1) / 127).clamp(min=1e-7).half()
