@@ -49,8 +49,16 @@ def test_words_give_the_bytes_of_the_reference(size: tuple[int, int, int], bits:
     assert torch.equal(out, reference.packed_words(**given, in_features=k, group_size=group, bits=bits))
 
 
+COMPILED = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+
+
 @FORMATS
-def test_a_weight_is_packed_part_by_part(bits: int, asymmetric: bool) -> None:
+@COMPILED
+def test_a_weight_is_packed_part_by_part(
+    monkeypatch: pytest.MonkeyPatch, bits: int, asymmetric: bool, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
     n, k, group = 100, 200, 64
     given, out, whole = random(n, k, group, bits, asymmetric), *(empty(n, k, group, bits, asymmetric) for _ in "ab")
     del given["words"]
@@ -63,7 +71,10 @@ def test_a_weight_is_packed_part_by_part(bits: int, asymmetric: bool) -> None:
 
 
 @pytest.mark.parametrize(("rows", "first_tile"), [(32, -1), (32, 6), (20, 2), (100, 1)])
-def test_parts_that_do_not_fit(rows: int, first_tile: int) -> None:
+@COMPILED
+def test_parts_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, rows: int, first_tile: int, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
     given, out = random(rows, 200, 64, 8, False), empty(100, 200, 64, 8, False)
     with pytest.raises(InputError, match="first_tile"):
         packed_nearest(torch.randn(rows, 200), given["scales"], None, out, group_size=64, bits=8, first_tile=first_tile)
@@ -118,7 +129,7 @@ def test_nothing_is_written_around_the_output() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("place", [(0, 0), (36, 199)], ids=["first", "last"])
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+@COMPILED
 def test_a_weight_that_is_no_number(
     monkeypatch: pytest.MonkeyPatch, bad: float, place: tuple[int, int], compiled: bool
 ) -> None:

@@ -70,6 +70,10 @@ def packed_nearest(
         if not bool(torch.isfinite(weight).all()):
             raise InputError("packed_nearest: weight: expected finite values, got NaN or Inf")
         packed = reference.packed_nearest(weight, scales, zeros, group_size=group_size, bits=bits)
+        behind = out.shape[0] - first_tile - packed.shape[0]
+        if first_tile < 0 or behind < 0 or (behind > 0 and weight.shape[0] % layout.TILE_ROWS):
+            place = f"{weight.shape[0]} rows from tile {first_tile} on do not fit in {out.shape[0]} tiles"
+            raise InputError(f"packed_nearest: first_tile: {place}")
         layout.put_tiles(
             out, slice(first_tile, first_tile + packed.shape[0]), packed, in_features=weight.shape[1],
             group_size=group_size, bits=bits, asymmetric=zeros is not None,
