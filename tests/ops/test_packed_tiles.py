@@ -42,7 +42,9 @@ FORMATS = pytest.mark.parametrize(
 
 @FORMATS
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_words_give_the_bytes_of_the_reference(size: tuple[int, int, int], bits: int, asymmetric: bool) -> None:
+def test_words_give_the_bytes_of_the_reference(
+    size: tuple[int, int, int], bits: int, asymmetric: bool, isa: str
+) -> None:
     n, k, group = size
     given, out = random(n, k, group, bits, asymmetric), empty(n, k, group, bits, asymmetric)
     packed_words(**given, out=out, in_features=k, group_size=group, bits=bits)
@@ -84,7 +86,7 @@ def test_parts_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, rows: int, first
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_nearest_codes_are_those_of_the_reference(
-    size: tuple[int, int, int], dtype: torch.dtype, bits: int, asymmetric: bool
+    size: tuple[int, int, int], dtype: torch.dtype, bits: int, asymmetric: bool, isa: str
 ) -> None:
     n, k, group = size
     given, out = random(n, k, group, bits, asymmetric), empty(n, k, group, bits, asymmetric)
@@ -197,7 +199,7 @@ def test_bad_weights() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k", "group"), SIZES)
-def test_sums_follow_the_codes(n: int, k: int, group: int, bits: int) -> None:
+def test_sums_follow_the_codes(n: int, k: int, group: int, bits: int, isa: str) -> None:
     given = random(n, k, group, bits, False)
     expected = empty(n, k, group, bits, False)
     packed_words(**given, out=expected, in_features=k, group_size=group, bits=bits)
