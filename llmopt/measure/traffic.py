@@ -32,8 +32,7 @@ def weight_bytes_per_token(resolved: ResolvedModel) -> int:
         for module, size in engine.stand_ins():
             total += size
             seen |= {t.data_ptr() for t in (*module.parameters(), *module.buffers())}
-        # copies that other passes keep beside the weights
-        seen |= {m._buffers[n].data_ptr() for m in resolved.model.modules() for n in _copies(m)}  # type: ignore[union-attr]
+        seen |= {copy.data_ptr() for module in resolved.model.modules() for copy in _copies(module)}
     for tensor in (*resolved.model.parameters(), *resolved.model.buffers()):
         pointer = tensor.data_ptr()
         if pointer in seen or (pointer in table and pointer not in head_tensors):
@@ -46,8 +45,10 @@ def weight_bytes_per_token(resolved: ResolvedModel) -> int:
     return int(total)
 
 
-def _copies(module: nn.Module) -> list[str]:
-    return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+def _copies(module: nn.Module) -> list[torch.Tensor]:
+    """Matrices that passes keep beside the weights they were made from."""
+    buffers = (module._buffers[name] for name in module._non_persistent_buffers_set)
+    return [buffer for buffer in buffers if buffer is not None and buffer.dim() > 1]
 
 
 def _experts(layer: Any) -> list[nn.Module]:
