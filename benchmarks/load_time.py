@@ -23,6 +23,8 @@ import torch
 import transformers
 
 import llmopt
+import llmopt.checkpoint.loader
+import llmopt.runtime.generate  # both are imported later otherwise, and imports are not what is timed
 from llmopt import native
 from llmopt.measure import environment
 from llmopt.models import shapes
@@ -37,9 +39,6 @@ PARTS = ("load", "first_token", "sum")
 
 def one_load(directory: Path, memory: str) -> dict[str, float]:
     """Seconds of loading, of the first token, and their sum, in this process."""
-    import llmopt.checkpoint.loader
-    import llmopt.runtime.generate  # imports are not what is timed
-
     getattr(transformers, json.loads((directory / "config.json").read_text())["architectures"][0])
     native.library()
     for file in directory.iterdir():

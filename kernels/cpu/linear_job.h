@@ -134,7 +134,7 @@ inline Share tiles_in(int64_t total, int64_t start, int64_t tiles, int64_t bytes
   return {mine.begin <= start ? 0 : tile_from(mine.begin), mine.end <= start ? 0 : tile_from(mine.end)};
 }
 
-// AMX multiplies too fast for unpacking twice
+// Not on AMX, whose products are quick beside the unpacking; not measured there.
 inline bool shares_tokens(const LinearJob& job, int threads) {
   return threads > 1 && job.tokens >= kSharedTokens * threads && !job.first(false) && active_isa() != Isa::kAmx;
 }

@@ -126,9 +126,7 @@ class Applied:
     coverage: Coverage
     details: dict[str, Any] = field(default_factory=dict)  # JSON-serialisable
     changes_numerics: bool = False  # True: outputs differ by design (quantization), so a quality budget applies
-    settled: dict[str, Any] = field(
-        default_factory=dict
-    )  # options that a trial decided; saved in place of the pass's own
+    settled: dict[str, Any] = field(default_factory=dict)  # options a trial decided, saved in place of the pass's
 
 
 @dataclass(frozen=True, slots=True)

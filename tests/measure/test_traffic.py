@@ -138,6 +138,8 @@ def test_latent_attention_reads_what_the_engine_made_of_its_weights(family: str,
     SwapFlashAttention(force="llmopt").apply(context).patch.enable()
     with torch.no_grad():
         model(input_ids=torch.arange(10)[None])
+    # the copy is there: it would be counted
+    assert traffic.weight_bytes_per_token(resolved) > quantized + 10_000
     FuseKernels(screened_head=False).apply(context).patch.enable()
     expected = quantized
     for layer, (attention, _) in zip(resolved.layers, Engine(resolved).layers, strict=True):
