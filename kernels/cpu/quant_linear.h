@@ -1,8 +1,9 @@
 // The int4 and int8 weight formats and the functions every ISA provides for them.
 //
-// Weights: tiles of 16 output rows, one after the other, each a contiguous block of bytes read front to back:
-//   [num_groups][16] float16 scales | [num_groups][16] int16 sums of the group's q - zero | [num_groups][16] uint8 zeros
-//   (asymmetric only) | padding | vectors of 64 bytes
+// Weights: tiles of 16 output rows, one after the other, each a block of bytes read front to back without a gap, which is
+// what keeps a core's prefetchers going (docs/decisions/0012):
+//   [num_groups][16] uint8 zeros, padded to whole lines (asymmetric only) | groups
+// A group: a line of [16] float16 scales and [16] int16 sums of the group's q - zero, then group / 8 vectors of 64 bytes.
 // A vector's lane r (4 bytes) belongs to row r: low nibbles are k = 8j..8j+3, high nibbles k = 8j+4..8j+7. int8 (stored plus
 // 128): such tiles of the codes' high nibbles, which are the weight at 4 bits and can be read alone, and behind the last of
 // them the vectors of the low nibbles, tile by tile. Values are unsigned; value = scale * (q - zero), zero = 8 or 128 when
@@ -11,7 +12,6 @@
 // Activations: int8, one scale and one zero point per token and group (docs/decisions/0006); value = scale * q + offset. The
 // weights' zero points go into the accumulator's start value, the offsets meet the sums of the weights.
 #pragma once
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +19,8 @@
 #include "isa.h"
 
 namespace llmopt {
+
+constexpr int64_t kLine = 64;  // bytes of a group's scales and sums
 
 struct QuantWeight {
   const uint8_t* data;  // first tile
@@ -31,19 +33,13 @@ struct QuantWeight {
   int64_t num_tiles() const { return (rows + 15) / 16; }
   int64_t num_groups() const { return (cols + group - 1) / group; }
   int64_t padded_cols() const { return num_groups() * group; }
-  // An odd number of lines, so that tiles some powers of two apart do not share their places in the caches. Zeros make two
-  // more of them at least: a weight taken for one of the other kind is then of the wrong size.
-  int64_t header_bytes() const {
-    const int64_t lines = num_groups() | 1;
-    return 64 * (asymmetric ? std::max((num_groups() * 5 + 3) / 4 | 1, lines + 2) : lines);
-  }
-  int64_t plane_bytes() const { return padded_cols() * 8; }              // 4 bits of each weight of a tile
-  int64_t step_bytes() const { return header_bytes() + plane_bytes(); }  // from one tile to the next
-  int64_t tile_bytes() const { return header_bytes() + plane_bytes() * (bits / 4); }
-  // from a tile's vectors to those of its low nibbles
-  int64_t low_plane(int64_t tile) const {
-    return (num_tiles() - tile) * step_bytes() + tile * plane_bytes() - header_bytes();
-  }
+  int64_t zeros_bytes() const { return asymmetric ? (num_groups() * 16 + 63) / 64 * 64 : 0; }
+  int64_t group_bytes() const { return kLine + group * 8; }
+  int64_t step_bytes() const { return zeros_bytes() + num_groups() * group_bytes(); }  // from one tile to the next
+  int64_t plane_bytes() const { return padded_cols() * 8; }  // 4 bits of each weight of a tile
+  int64_t tile_bytes() const { return step_bytes() + (bits == 8 ? plane_bytes() : 0); }
+  // from the first tile to the low nibbles of tile t
+  int64_t low_plane(int64_t t) const { return num_tiles() * step_bytes() + t * plane_bytes(); }
 };
 
 // Quantized activations of `tokens` tokens, in caller-owned memory.

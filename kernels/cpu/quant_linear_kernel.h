@@ -15,12 +15,6 @@ constexpr int64_t kPanelTokens = 2 * kTokens;
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// how far to ask ahead, at a group of a plane: what follows a plane's end is the same plane of the next tile
-inline int64_t prefetch_ahead(const QuantWeight& w, int64_t g, int64_t ahead) {
-  const int64_t left = w.plane_bytes() - g * w.group * 8;
-  return left > ahead ? ahead : ahead + w.header_bytes();
-}
-
 // what to multiply a token with before its norm's weights
 template <int kDType>
 float inverse_rms(const TokenSource& x, int64_t token) {
@@ -87,22 +81,24 @@ inline void quantize(const TokenSource& x, int group, int64_t begin, int64_t end
 
 // where one tile's parts begin
 struct Tile {
-  const uint16_t* scales;
-  const int16_t* sums;
-  const uint8_t* zeros;
-  const uint8_t* vectors;
-  int64_t low_plane;  // of 8 bits: from them to those of the low nibbles
+  const uint8_t* groups;
+  const uint8_t* low;    // 8 bits: vectors of the low nibbles
+  const uint8_t* zeros;  // asymmetric: zero points
 };
 inline Tile tile_at(const QuantWeight& w, int64_t t) {
   const uint8_t* base = w.data + t * w.step_bytes();
-  const auto* scales = reinterpret_cast<const uint16_t*>(base);
-  return {scales, reinterpret_cast<const int16_t*>(scales + w.num_groups() * 16), base + w.num_groups() * 64,
-          base + w.header_bytes(), w.low_plane(t)};
+  return {base + w.zeros_bytes(), w.data + w.low_plane(t), base};
 }
 
+inline const uint8_t* line_of(const QuantWeight& w, const Tile& tile, int64_t g) {
+  return tile.groups + g * w.group_bytes();
+}
+
+// of the rows of a group, whose line is given
+inline F32x16 group_scales(const uint8_t* line) { return load_f16(reinterpret_cast<const uint16_t*>(line)); }
 // sums of a group's weights, row by row: what a token's offset is multiplied with
-inline F32x16 group_values(const Tile& tile, int64_t g, F32x16 scale) {
-  return mul(to_f32(load_s16(tile.sums + 16 * g)), scale);
+inline F32x16 group_values(const uint8_t* line, F32x16 scale) {
+  return mul(to_f32(load_s16(reinterpret_cast<const int16_t*>(line) + 16)), scale);
 }
 
 // accumulator's start: minus zero * sum of the group's activations
@@ -133,34 +129,39 @@ template <int kBits, int kM, int kS>
 [[gnu::always_inline]] inline void stream_tiles(const QuantWeight& w, const Tile (&tile)[kS], const QuantTokens& x,
                                                 F32x16 (&total)[kS][kM]) {
   constexpr int kChains = kS == 1 ? 4 : 2, kLast = kChains - 1;
-  const uint8_t* v[kS];
+  const uint8_t *v[kS], *low[kS];
 #pragma GCC unroll 4
   for (int s = 0; s < kS; ++s) {
-    v[s] = tile[s].vectors;
+    v[s] = tile[s].groups, low[s] = tile[s].low;
 #pragma GCC unroll 2
     for (int m = 0; m < kM; ++m) total[s][m] = zero_f32();
   }
   constexpr int kStep = kBits == 4 ? 2 : 1;  // vectors of a plane at once: either way two are loaded
   for (int64_t g = 0; g < x.num_groups; ++g) {
-    const int64_t ahead = prefetch_ahead(w, g, kPrefetch);
+    const uint8_t* line[kS];
     I32x16 acc[kS][kM][kChains];
 #pragma GCC unroll 4
-    for (int s = 0; s < kS; ++s)
+    for (int s = 0; s < kS; ++s) {
+      line[s] = v[s];
+      prefetch(v[s] + kPrefetch);
+      v[s] += kLine;
 #pragma GCC unroll 2
       for (int m = 0; m < kM; ++m) {
         acc[s][m][0] = start_value(w, tile[s], g, x.sums[m * x.num_groups + g]);
 #pragma GCC unroll 4
         for (int c = 1; c < kChains; ++c) acc[s][m][c] = zero_i32();
       }
+    }
     const int8_t* q = x.q + g * w.group;
     for (int j = 0; j < w.group / 8; j += kStep) {
 #pragma GCC unroll 4
       for (int s = 0; s < kS; ++s) {
-        const uint8_t* second = v[s] + (kBits == 4 ? 64 : tile[s].low_plane);
+        const uint8_t* second = kBits == 4 ? v[s] + 64 : low[s];
         const U8x64 a = load_u8x64(v[s]), b = load_u8x64(second);
-        prefetch(v[s] + ahead);
-        prefetch(second + ahead);
+        prefetch(v[s] + kPrefetch);
+        prefetch(second + kPrefetch);
         v[s] += 64 * kStep;
+        if constexpr (kBits == 8) low[s] += 64;
 #pragma GCC unroll 2
         for (int m = 0; m < kM; ++m) {
           const int8_t* p = q + m * x.padded_cols;
@@ -179,7 +180,7 @@ template <int kBits, int kM, int kS>
     }
 #pragma GCC unroll 4
     for (int s = 0; s < kS; ++s) {
-      const F32x16 scale = load_f16(tile[s].scales + 16 * g), values = group_values(tile[s], g, scale);
+      const F32x16 scale = group_scales(line[s]), values = group_values(line[s], scale);
 #pragma GCC unroll 2
       for (int m = 0; m < kM; ++m) {
         const int64_t at = m * x.num_groups + g;
@@ -269,15 +270,16 @@ template <int kBits, bool kPanel, int kT, int kM>
 void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t, const Output& y,
            const uint8_t* panel) {
   Tile tile[kT];
-  const uint8_t* v[kT];
+  const uint8_t *v[kT], *second[kT];
   for (int i = 0; i < kT; ++i) {
     tile[i] = tile_at(w, t + i);
-    v[i] = kPanel ? panel + i * w.padded_cols() * 16 : tile[i].vectors;
+    v[i] = kPanel ? panel + i * w.padded_cols() * 16 : tile[i].groups;
+    second[i] = tile[i].low;
   }
   alignas(64) float total[kT][kM][16] = {};
   for (int64_t g = 0; g < x.num_groups; ++g) {
-    const int64_t ahead = prefetch_ahead(w, g, 2 * kPrefetch);
     I32x16 acc[kT][kM];
+    for (int i = 0; i < kT && !kPanel; ++i) v[i] += kLine;
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 4
@@ -288,14 +290,15 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
 #pragma GCC unroll 4
       for (int i = 0; i < kT; ++i) {
         const U8x64 raw = load_u8x64(v[i]);
-        if constexpr (!kPanel) prefetch(v[i] + ahead);
+        if constexpr (!kPanel) prefetch(v[i] + 2 * kPrefetch);
         if constexpr (kPanel) {
           low[i] = raw;
         } else if constexpr (kBits == 4) {
           low[i] = low_nibbles(raw), high[i] = high_nibbles(raw);
         } else {
-          const U8x64 rest = load_u8x64(v[i] + tile[i].low_plane);
-          prefetch(v[i] + tile[i].low_plane + ahead);
+          const U8x64 rest = load_u8x64(second[i]);
+          prefetch(second[i] + 2 * kPrefetch);
+          second[i] += 64;
           low[i] = join_low(raw, rest), high[i] = join_high(raw, rest);
         }
         v[i] += 64;
@@ -319,7 +322,8 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kT; ++i) {
-      const F32x16 scale = load_f16(tile[i].scales + 16 * g), values = group_values(tile[i], g, scale);
+      const uint8_t* line = line_of(w, tile[i], g);
+      const F32x16 scale = group_scales(line), values = group_values(line, scale);
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
         const int64_t at = (token + m) * x.num_groups + g;
@@ -346,19 +350,22 @@ void blocks(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t
 template <int kBits>
 void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const Tile tile = tile_at(w, t);
-  const uint8_t* v = tile.vectors;
-  const int64_t plane = tile.low_plane;
-  for (int64_t k = 0; k < w.padded_cols(); k += 8, v += 64, panel += 128) {
-    const U8x64 raw = load_u8x64(v);
-    prefetch(v + kPrefetch);
-    U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
-    if constexpr (kBits == 8) {
-      const U8x64 rest = load_u8x64(v + plane);
-      prefetch(v + plane + kPrefetch);
-      low = join_low(raw, rest), high = join_high(raw, rest);
+  const uint8_t *v = tile.groups, *second = tile.low;
+  for (int64_t g = 0; g < w.num_groups(); ++g) {
+    v += kLine;
+    for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
+      const U8x64 raw = load_u8x64(v);
+      prefetch(v + kPrefetch);
+      U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
+      if constexpr (kBits == 8) {
+        const U8x64 rest = load_u8x64(second);
+        prefetch(second + kPrefetch);
+        second += 64;
+        low = join_low(raw, rest), high = join_high(raw, rest);
+      }
+      store_u8x64(panel, low);
+      store_u8x64(panel + 64, high);
     }
-    store_u8x64(panel, low);
-    store_u8x64(panel + 64, high);
   }
 }
 
@@ -392,14 +399,16 @@ inline void dequantize_row(const QuantWeight& w, int64_t row, float* out) {
   const int64_t lane = row % 16;
   for (int64_t g = 0; g < w.num_groups(); ++g) {
     alignas(64) float scales[16];
-    store(scales, load_f16(tile.scales + 16 * g));
+    const uint8_t* line = line_of(w, tile, g);
+    store(scales, group_scales(line));
     const int zero = w.asymmetric ? tile.zeros[16 * g + lane] : (w.bits == 4 ? 8 : 128);
     const int64_t end = w.cols < (g + 1) * w.group ? w.cols : (g + 1) * w.group;
     for (int64_t k = g * w.group; k < end; ++k) {
-      const uint8_t* at = tile.vectors + k / 8 * 64 + lane * 4 + k % 4;
+      const int64_t within = lane * 4 + k % 4;
+      const uint8_t* at = line + kLine + (k - g * w.group) / 8 * 64 + within;
       const int shift = k % 8 < 4 ? 0 : 4;
       int value = at[0] >> shift & 15;
-      if (w.bits == 8) value = value << 4 | (at[tile.low_plane] >> shift & 15);
+      if (w.bits == 8) value = value << 4 | (tile.low[k / 8 * 64 + within] >> shift & 15);
       out[k] = scales[lane] * static_cast<float>(value - zero);
     }
   }

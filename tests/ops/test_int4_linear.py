@@ -78,6 +78,13 @@ def test_a_tile_is_one_block_of_whole_lines() -> None:
             assert layout.tile_bytes(k, group, bits=bits, asymmetric=asymmetric) % 64 == 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_without_zeros_is_of_another_size_than_one_with(bits: int) -> None:
+    for k, group in itertools.product((1, 64, 200, 1024, 2048), layout.KERNEL_GROUPS):
+        with_zeros, without = (layout.tile_bytes(k, group, bits=bits, asymmetric=x) for x in (True, False))
+        assert with_zeros > without
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -197,6 +197,12 @@ def test_bad_weights() -> None:
             packed_nearest(weight, given["scales"], None, out, group_size=64, bits=4)
 
 
+def sums_of(tiles: torch.Tensor, k: int, group: int, bits: int) -> torch.Tensor:
+    first = layout.planes(tiles, in_features=k, group_size=group, bits=bits, asymmetric=False)[0]
+    lines, _ = layout.group_parts(first, in_features=k, group_size=group, asymmetric=False)
+    return lines[..., 32:]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k", "group"), SIZES)
 def test_sums_follow_the_codes(n: int, k: int, group: int, bits: int, isa: str) -> None:
@@ -204,13 +210,12 @@ def test_sums_follow_the_codes(n: int, k: int, group: int, bits: int, isa: str) 
     expected = empty(n, k, group, bits, False)
     packed_words(**given, out=expected, in_features=k, group_size=group, bits=bits)
     tiles = expected.clone()
-    sums = slice(-(-k // group) * 32, -(-k // group) * 64)
-    size = {"in_features": k, "group_size": group, "bits": bits, "asymmetric": False}
-    layout.planes(tiles, **size)[0][:, sums] = 0xA5
+    sums_of(tiles, k, group, bits).fill_(0xA5)
+    assert not torch.equal(tiles, expected)
     packed_sums(tiles, in_features=k, group_size=group, bits=bits)
     assert torch.equal(tiles, expected)
     got = reference.packed_sums(expected, in_features=k, group_size=group, bits=bits)
-    assert torch.equal(*(layout.planes(x, **size)[0][:, sums] for x in (got, expected)))
+    assert torch.equal(*(sums_of(x, k, group, bits) for x in (got, expected)))
 
 
 @pytest.mark.parametrize(

@@ -42,17 +42,18 @@ __m512i zero_bytes(const QuantWeight& w, const Tile& tile, int64_t g) {
 template <int kBits>
 void unpack_signed(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const Tile tile = tile_at(w, t);
-  const uint8_t* v = tile.vectors;
+  const uint8_t *v = tile.groups, *second = tile.low;
   for (int64_t g = 0; g < w.num_groups(); ++g) {
     const __m512i zero = zero_bytes(w, tile, g);
-    const int64_t ahead = prefetch_ahead(w, g, kPrefetch);
+    v += kLine;
     for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
       const U8x64 raw = load_u8x64(v);
-      prefetch(v + ahead);
+      prefetch(v + kPrefetch);
       U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
       if constexpr (kBits == 8) {
-        const U8x64 rest = load_u8x64(v + tile.low_plane);
-        prefetch(v + tile.low_plane + ahead);
+        const U8x64 rest = load_u8x64(second);
+        prefetch(second + kPrefetch);
+        second += 64;
         low = join_low(raw, rest), high = join_high(raw, rest);
       }
       store_u8x64(panel, {_mm512_sub_epi8(low.v, zero)});
@@ -66,7 +67,8 @@ struct Operands {
   const int8_t* q;  // `stride` bytes between tokens
   int64_t stride;
   const uint8_t* panel;
-  Tile tile;
+  const uint8_t* line;  // of the first group
+  int64_t group_bytes;
   const float *token_scales, *token_offsets;  // [16][groups]
   int64_t groups;
 };
@@ -91,7 +93,8 @@ inline void multiply(const Operands& o, int64_t g, int32_t* sums) {
 }
 
 inline void add_group(const Operands& o, int64_t g, const int32_t* sums, F32x16 (&total)[16]) {
-  const F32x16 scale = load_f16(o.tile.scales + 16 * g), values = group_values(o.tile, g, scale);
+  const uint8_t* line = o.line + g * o.group_bytes;
+  const F32x16 scale = group_scales(line), values = group_values(line, scale);
 #pragma GCC unroll 16
   for (int m = 0; m < 16; ++m) {
     const I32x16 sum{_mm512_load_si512(sums + 16 * m)};
@@ -138,7 +141,8 @@ void panel_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, i
       const Operands o{x.q + token * x.padded_cols,
                        x.padded_cols,
                        panel + (t - begin) * x.padded_cols * 16,
-                       tile_at(w, t),
+                       tile_at(w, t).groups,
+                       w.group_bytes(),
                        x.scales + token * x.num_groups,
                        x.offsets + token * x.num_groups,
                        x.num_groups};

@@ -1,9 +1,9 @@
 """The packed layout of quantized weights (int4 and int8), in plain torch: what the C++ kernels read.
 
-Tiles of 16 output rows, each a contiguous block of bytes (kernels/cpu/quant_linear.h has the picture): float16 scales
-``[num_groups, 16]``, int16 sums of a group's ``q - zero`` of the same shape, then uint8 zeros when asymmetric, padding to an
-odd number of 64-byte lines, then vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles and
-the next four in the high ones.
+Tiles of 16 output rows, each a block of bytes without a gap (kernels/cpu/quant_linear.h has the picture): uint8 zeros
+``[num_groups, 16]`` padded to lines of 64 bytes when asymmetric, then group by group a line of 16 float16 scales and 16 int16
+sums of the group's ``q - zero``, and vectors of 64 bytes: lane r (4 bytes) is row r, four consecutive k in the low nibbles
+and the next four in the high ones.
 int8 (stored plus 128) is two planes: tiles of the codes' high nibbles, which can be read alone, and behind the last of them
 the vectors of the low nibbles (:func:`planes`). ``in_features`` is padded to whole groups with the zero point, rows to whole
 tiles.
@@ -20,19 +20,19 @@ import torch
 from llmopt.errors import InputError
 
 TILE_ROWS = 16
+LINE = 64  # bytes of a group's scales and sums
 KERNEL_GROUPS = (32, 64, 128)
 
 
-def _header_bytes(groups: int, *, asymmetric: bool) -> int:
-    """An odd number of lines of 64 bytes, two more at least with zeros: kernels/cpu/quant_linear.h says why."""
-    lines = groups | 1
-    return 64 * (max(-(-groups * 5 // 4) | 1, lines + 2) if asymmetric else lines)
+def _zeros_bytes(groups: int, *, asymmetric: bool) -> int:
+    return -(-groups * TILE_ROWS // LINE) * LINE if asymmetric else 0
 
 
 def tile_bytes(in_features: int, group_size: int, *, bits: int, asymmetric: bool) -> int:
     """Bytes of one tile of 16 rows."""
     groups = -(-in_features // group_size)
-    return _header_bytes(groups, asymmetric=asymmetric) + plane_bytes(in_features, group_size) * (bits // 4)
+    lines = _zeros_bytes(groups, asymmetric=asymmetric) + groups * LINE
+    return lines + plane_bytes(in_features, group_size) * (bits // 4)
 
 
 def plane_bytes(in_features: int, group_size: int) -> int:
@@ -46,7 +46,7 @@ def planes(
     """Views of the parts of ``packed``, contiguous ``[..., T, tile_bytes]``, that have a row for every tile.
 
     Returns:
-        headers with their codes ``[..., T, B]``; of int8 those of the high nibbles, and the low nibbles ``[..., T, P]``.
+        zeros, scales, sums and codes ``[..., T, B]``; of int8 the codes' high nibbles, and the low nibbles ``[..., T, P]``.
     """
     if bits == 4:
         return (packed,)
@@ -57,6 +57,19 @@ def planes(
         flat[..., : tiles * first].unflatten(-1, (tiles, first)),
         flat[..., tiles * first :].unflatten(-1, (tiles, size - first)),
     )
+
+
+def group_parts(
+    first: torch.Tensor, *, in_features: int, group_size: int, asymmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the groups of a first plane ``[..., T, B]`` (:func:`planes`).
+
+    Returns:
+        ``(lines [..., T, G, 64], vectors [..., T, G, group_size * 8])``: scales and sums, and codes.
+    """
+    groups = -(-in_features // group_size)
+    each = first[..., _zeros_bytes(groups, asymmetric=asymmetric) :].unflatten(-1, (groups, -1))
+    return each[..., :LINE], each[..., LINE:]
 
 
 def take_tiles(
@@ -144,9 +157,14 @@ def pack(
         last = zeros[..., -1:].expand(*lead, n, pad_k) if pad_k else q[..., :0]
         q = torch.nn.functional.pad(torch.cat([q, last.to(torch.uint8)], -1), (0, 0, 0, pad_n))
     tiles = (n + pad_n) // TILE_ROWS
-    header = _header(scales, _sums(q[..., :n, :], zeros, groups, zero_point), zeros, pad_n, tiles)
+    lines = torch.cat([_by_tile(x, pad_n) for x in (scales, _sums(q[..., :n, :], zeros, groups, zero_point))], -1)
     first, *rest = _vectors(q, tiles, bits)
-    return _joined([torch.cat([header, first], -1), *rest])
+    parts = [torch.cat([lines, first.unflatten(-1, (groups, group_size * 8))], -1).flatten(-2)]
+    if zeros is not None:
+        points = _by_tile(zeros.to(torch.uint8), pad_n).flatten(-2)
+        missing = _zeros_bytes(groups, asymmetric=True) - points.shape[-1]
+        parts.insert(0, torch.nn.functional.pad(points, (0, missing)))
+    return _joined([torch.cat(parts, -1), *rest])
 
 
 def _check_codes(q: torch.Tensor, bits: int) -> None:
@@ -167,21 +185,11 @@ def _sums(q: torch.Tensor, zeros: torch.Tensor | None, groups: int, zero_point: 
     return sums.to(torch.int16)
 
 
-def _header(
-    scales: torch.Tensor, sums: torch.Tensor, zeros: torch.Tensor | None, pad_n: int, tiles: int
-) -> torch.Tensor:
-    *lead, _, groups = scales.shape
-
-    def by_tile(x: torch.Tensor) -> torch.Tensor:  # [..., N, G] -> [..., T, G * 16] bytes
-        x = torch.nn.functional.pad(x, (0, 0, 0, pad_n)).reshape(*lead, tiles, TILE_ROWS, groups).transpose(-1, -2)
-        return x.contiguous().view(torch.uint8).flatten(-2)
-
-    parts = [by_tile(scales), by_tile(sums)]
-    if zeros is not None:
-        parts.append(by_tile(zeros.to(torch.uint8)))
-    padding = _header_bytes(groups, asymmetric=zeros is not None) - sum(p.shape[-1] for p in parts)
-    parts.append(torch.zeros(*lead, tiles, padding, dtype=torch.uint8, device=scales.device))
-    return torch.cat(parts, -1)
+def _by_tile(x: torch.Tensor, pad_n: int) -> torch.Tensor:
+    """Values of every row and group ``[..., N, G]`` as bytes ``[..., T, G, B]``, those of a tile's rows side by side."""
+    *lead, _, groups = x.shape
+    rows = torch.nn.functional.pad(x, (0, 0, 0, pad_n)).reshape(*lead, -1, TILE_ROWS, groups)
+    return rows.transpose(-1, -2).contiguous().view(torch.uint8)
 
 
 def _vectors(q: torch.Tensor, tiles: int, bits: int) -> list[torch.Tensor]:
@@ -204,17 +212,16 @@ def unpack(
     parts = planes(
         packed.contiguous(), in_features=in_features, group_size=group_size, bits=bits, asymmetric=asymmetric
     )
-    packed = parts[0]
+    lines, high = group_parts(parts[0], in_features=in_features, group_size=group_size, asymmetric=asymmetric)
 
     def rows(x: torch.Tensor) -> torch.Tensor:  # [..., T, G, 16] -> [..., N, G]
         return x.transpose(-1, -2).reshape(*lead, tiles * TILE_ROWS, groups)[..., :out_features, :].contiguous()
 
-    scale_bytes = groups * TILE_ROWS * 2
-    scales = packed[..., :scale_bytes].contiguous().view(torch.float16).reshape(*lead, tiles, groups, TILE_ROWS)
+    scales = lines[..., : TILE_ROWS * 2].contiguous().view(torch.float16)
     zeros = None
     if asymmetric:
-        zeros = rows(packed[..., scale_bytes * 2 : scale_bytes * 5 // 2].reshape(*lead, tiles, groups, TILE_ROWS))
-    vectors = [part[..., -k * 8 :].reshape(*lead, tiles, k // 8, TILE_ROWS, 4) for part in parts]
+        zeros = rows(parts[0][..., : groups * TILE_ROWS].unflatten(-1, (groups, TILE_ROWS)))
+    vectors = [part.reshape(*lead, tiles, k // 8, TILE_ROWS, 4) for part in (high, *parts[1:])]
     nibbles = [torch.stack([plane & 15, plane >> 4], -3) for plane in vectors]
     codes = nibbles[0] if bits == 4 else (nibbles[0] << 4) | nibbles[1]
     quads = codes.reshape(*lead, tiles, k // 4, TILE_ROWS, 4).transpose(-2, -3)

@@ -23,31 +23,38 @@ struct Tiles : PackedTiles {
     const int64_t left = weight.cols - group * weight.group;
     return left < weight.group ? left : weight.group;
   }
-  uint8_t* header(int64_t tile) const { return out + tile * weight.step_bytes(); }
-  // the first plane's vectors of a group; those of an 8-bit weight's second plane lie weight.low_plane(tile) behind
-  uint8_t* vectors(int64_t tile, int64_t group) const {
-    return header(tile) + weight.header_bytes() + group * weight.group * 8;
+  uint8_t* zero_points(int64_t tile) const { return out + tile * weight.step_bytes(); }
+  // a group's scales, and behind them its sums
+  uint8_t* line(int64_t tile, int64_t group) const {
+    return zero_points(tile) + weight.zeros_bytes() + group * weight.group_bytes();
+  }
+  uint8_t* vectors(int64_t tile, int64_t group) const { return line(tile, group) + kLine; }
+  // 8 bits: a group's vectors of the second plane
+  uint8_t* low_vectors(int64_t tile, int64_t group) const {
+    return out + weight.low_plane(tile) + group * weight.group * 8;
   }
 
   // Scales, sums and zeros of a tile whose vectors are there already; those of rows that are padding are 0.
-  void write_header(int64_t tile) const {
+  void write_lines(int64_t tile) const {
     const int64_t groups = weight.num_groups(), rows = real_rows(tile);
-    uint8_t* to = header(tile);
-    std::memset(to, 0, static_cast<size_t>(weight.header_bytes()));
-    for (int64_t g = 0; g < groups; ++g)
+    std::memset(zero_points(tile), 0, static_cast<size_t>(weight.zeros_bytes()));
+    for (int64_t g = 0; g < groups; ++g) {
+      uint8_t* to = line(tile, g);
+      std::memset(to, 0, kLine);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t from = (given_row(tile) + r) * groups + g;
-        std::memcpy(to + (g * kRows + r) * 2, scales + from, 2);
-        if (zeros) to[groups * kRows * 4 + g * kRows + r] = zeros[from];
+        std::memcpy(to + 2 * r, scales + from, 2);
+        if (zeros) zero_points(tile)[g * kRows + r] = zeros[from];
       }
-    for (int64_t g = 0; g < groups; ++g) write_sums(tile, g);
+      write_sums(tile, g);
+    }
   }
 
   // a group's sums of codes, row by row
   void sum_codes(int64_t tile, int64_t group, int32_t (&sum)[kRows]) const {
-    const uint8_t* from = vectors(tile, group);
     std::memset(sum, 0, sizeof(sum));
-    for (int plane = 0; plane < weight.bits / 4; ++plane, from += weight.low_plane(tile)) {
+    for (int plane = 0; plane < weight.bits / 4; ++plane) {
+      const uint8_t* from = plane == 0 ? vectors(tile, group) : low_vectors(tile, group);
       // bytes hold the sums of sixteen nibbles
       uint32_t low[kRows] = {}, high[kRows] = {};
       for (int v = 0; v < weight.group / 8; ++v)
@@ -69,12 +76,12 @@ struct Tiles : PackedTiles {
   void write_sums(int64_t tile, int64_t group) const {
     int32_t sum[kRows];
     sum_codes(tile, group, sum);
-    uint8_t* base = header(tile);
-    const uint8_t* zero_points = base + weight.num_groups() * kRows * 4 + group * kRows;
+    uint8_t* to = line(tile, group) + kRows * 2;
+    const uint8_t* zero_of = zero_points(tile) + group * kRows;
     for (int64_t r = 0; r < kRows; ++r) {
-      const int zero = weight.asymmetric ? zero_points[r] : middle();
+      const int zero = weight.asymmetric ? zero_of[r] : middle();
       const auto value = static_cast<int16_t>(sum[r] - zero * weight.group);
-      std::memcpy(base + ((weight.num_groups() + group) * kRows + r) * 2, &value, 2);
+      std::memcpy(to + 2 * r, &value, 2);
     }
   }
 
@@ -88,25 +95,24 @@ struct Tiles : PackedTiles {
     }
   }
 
-  // one row's part of a vector: eight codes, as two quads of bytes; `low_plane`: weight.low_plane() of its tile
-  void write_quads(uint8_t* to, int64_t low_plane, uint32_t quad, uint32_t next) const {
+  // one row's part of a vector, of 8 bits of one in either plane: eight codes, as two quads of bytes
+  void write_quads(uint8_t* to, uint8_t* low, uint32_t quad, uint32_t next) const {
     constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
     const bool whole = weight.bits == 4;
     const uint32_t first = whole ? quad | next << 4 : (quad >> 4 & kLow) | (next & kHigh);
     const uint32_t second = (quad & kLow) | (next << 4 & kHigh);
     std::memcpy(to, &first, 4);
-    if (!whole) std::memcpy(to + low_plane, &second, 4);
+    if (!whole) std::memcpy(low, &second, 4);
   }
 
   void write_block(const Block& block, int64_t tile, int64_t group) const {
-    uint8_t* to = vectors(tile, group);
-    const int64_t low_plane = weight.low_plane(tile);
+    uint8_t *to = vectors(tile, group), *low = low_vectors(tile, group);
     for (int64_t k = 0; k < weight.group; k += 8)
-      for (int r = 0; r < kRows; ++r, to += 4) {
+      for (int r = 0; r < kRows; ++r, to += 4, low += 4) {
         uint32_t quad, next;
         std::memcpy(&quad, block.q[r] + k, 4);
         std::memcpy(&next, block.q[r] + k + 4, 4);
-        write_quads(to, low_plane, quad, next);
+        write_quads(to, low, quad, next);
       }
   }
 };
@@ -121,16 +127,16 @@ inline uint32_t spread(uint32_t x) {
 inline void pack_words(const PackedTiles& tiles, const uint32_t* words, int64_t stride, int64_t tile) {
   const Tiles t{tiles};
   const int bits = t.weight.bits, per_word = 32 / bits;
-  const int64_t rows = t.real_rows(tile), low_plane = t.weight.low_plane(tile);
+  const int64_t rows = t.real_rows(tile);
   for (int64_t g = 0; g < t.weight.num_groups(); ++g) {
     const uint32_t* from = words + g * t.weight.group / per_word * stride + tile * kRows;
     const int64_t cols = t.real_cols(g);
     if (rows == kRows && cols == t.weight.group) {
-      uint8_t* to = t.vectors(tile, g);
-      for (int64_t k = 0; k < cols; k += 8, from += 8 / per_word * stride, to += 64)
+      uint8_t *to = t.vectors(tile, g), *low = t.low_vectors(tile, g);
+      for (int64_t k = 0; k < cols; k += 8, from += 8 / per_word * stride, to += 64, low += 64)
         for (int r = 0; r < kRows; ++r)
-          bits == 8 ? t.write_quads(to + 4 * r, low_plane, from[r], from[stride + r])
-                    : t.write_quads(to + 4 * r, low_plane, spread(from[r] & 0xffffu), spread(from[r] >> 16));
+          bits == 8 ? t.write_quads(to + 4 * r, low + 4 * r, from[r], from[stride + r])
+                    : t.write_quads(to + 4 * r, nullptr, spread(from[r] & 0xffffu), spread(from[r] >> 16));
       continue;
     }
     Block block;
@@ -141,7 +147,7 @@ inline void pack_words(const PackedTiles& tiles, const uint32_t* words, int64_t 
     t.pad(block, tile, g);
     t.write_block(block, tile, g);
   }
-  t.write_header(tile);
+  t.write_lines(tile);
 }
 
 inline float value(const float* from, int64_t k) { return from[k]; }
@@ -199,7 +205,7 @@ bool pack_nearest(const PackedTiles& tiles, const void* values, int64_t stride, 
     t.pad(block, tile, g);
     t.write_block(block, tile, g);
   }
-  t.write_header(tile);
+  t.write_lines(tile);
   return finite;
 }
 

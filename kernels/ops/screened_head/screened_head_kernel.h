@@ -26,10 +26,10 @@ inline void screen_bounds(const QuantWeight& w, int64_t begin, int64_t end, cons
                           const ScreenTerms& terms, float* upper, Candidate& best) {
   const F32x16 infinite = set1(INFINITY), sixteen = set1(16.0f);
   for (int64_t t = begin; t < end; ++t, product += 16) {
-    const auto* scales = reinterpret_cast<const uint16_t*>(w.data + t * w.step_bytes());
+    const uint8_t* line = w.data + t * w.step_bytes();
     F32x16 logit = mul(load(product), sixteen), variance = zero_f32();
-    for (int64_t g = 0; g < w.num_groups(); ++g) {
-      const F32x16 s = load_f16(scales + 16 * g);
+    for (int64_t g = 0; g < w.num_groups(); ++g, line += w.group_bytes()) {
+      const F32x16 s = load_f16(reinterpret_cast<const uint16_t*>(line));
       logit = fmadd(s, set1(terms.shift[g]), logit);
       variance = fmadd(mul(s, s), set1(terms.energy[g]), variance);
     }

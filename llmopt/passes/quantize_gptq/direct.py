@@ -42,12 +42,10 @@ class _Codes:
             count = min(_BLOCK_BYTES - start, flat.numel() - done)
             flat[done : done + count] = self.block[start : start + count]
             start, done = 0, done + count
-        header = -(-k // group) * layout.TILE_ROWS
-        scale = torch.full((header,), self.std / _CODE_STD[bits], dtype=torch.float16).view(torch.uint8)
         first = layout.planes(buffer, in_features=k, group_size=group, bits=bits, asymmetric=False)[0]
-        # what pads a header is zero, as packing leaves it: a saved model is packed again and compared by hash
-        first[..., : first.shape[-1] - layout.plane_bytes(k, group)] = 0
-        first[..., : header * 2] = scale
+        lines, _ = layout.group_parts(first, in_features=k, group_size=group, asymmetric=False)
+        scale = torch.full((layout.TILE_ROWS,), self.std / _CODE_STD[bits], dtype=torch.float16).view(torch.uint8)
+        lines[..., : layout.TILE_ROWS * 2] = scale
         packed_sums(buffer.flatten(0, -2), in_features=k, group_size=group, bits=bits)
         return buffer
 
