@@ -73,31 +73,28 @@ template <int kDType, int kM, int kR>
   for (int i = 0; i < kM * kR; ++i) sums[i] = sum[i];
 }
 
-// 16 rows (fewer at the end: the last one is read again) times kM tokens
+// 16 rows (fewer at the end: the last one is read again) times kM tokens, kR rows at a time. One row at a time is one stream of
+// bytes, which a core reads fastest (docs/decisions/0012); of several tokens the multiplications are what takes time.
 template <int kDType, int kM>
 void dense_tile(const DenseWeight& w, const float* x, int64_t token, int64_t row, const Output& y) {
-  constexpr int kR = kM == 1 ? 8 : 4;
-  float out[kM][16];
-  const int64_t padded = padded_cols(w.cols);
+  constexpr int kR = kM == 1 ? 1 : 4;
+  F32x16 sums[kM][16];
+  const float* from = x + token * padded_cols(w.cols);
   for (int r = 0; r < 16; r += kR) {
-    F32x16 sums[16];
-    for (int i = kM * kR; i < 16; ++i) sums[i] = zero_f32();
+    F32x16 part[kM * kR];
     if (row + r + kR <= w.rows) {
-      dense_sums<kDType, kM, kR>(w, x + token * padded, row + r, sums);
+      dense_sums<kDType, kM, kR>(w, from, row + r, part);
     } else {
       for (int i = 0; i < kR; ++i) {
         F32x16 one[kM];
-        const int64_t at = row + r + i < w.rows ? row + r + i : w.rows - 1;
-        dense_sums<kDType, kM, 1>(w, x + token * padded, at, one);
-        for (int m = 0; m < kM; ++m) sums[m * kR + i] = one[m];
+        dense_sums<kDType, kM, 1>(w, from, row + r + i < w.rows ? row + r + i : w.rows - 1, one);
+        for (int m = 0; m < kM; ++m) part[m * kR + i] = one[m];
       }
     }
-    float each[16];
-    store(each, sum_each(sums));
     for (int m = 0; m < kM; ++m)
-      for (int i = 0; i < kR; ++i) out[m][r + i] = each[m * kR + i];
+      for (int i = 0; i < kR; ++i) sums[m][r + i] = part[m * kR + i];
   }
-  for (int m = 0; m < kM; ++m) store_rows(y, token + m, row, w.rows, load(out[m]));
+  for (int m = 0; m < kM; ++m) store_rows(y, token + m, row, w.rows, sum_each(sums[m]));
 }
 
 template <int kDType>
