@@ -263,8 +263,22 @@ inline void gated_product(const QuantWeight& gate, const QuantWeight& up, const 
   gated_stream<8, 2>(gate, up, x, begin, end, y);
 }
 
-// kT tiles times kM tokens held in registers. kPanel: the tiles' quads lie unpacked in `panel` (one after the other,
-// `padded_cols * 16` bytes each); otherwise they are unpacked on the way. Every loop over sums is unrolled in full: one
+// Bytes of one tile in a panel: of each group the quads, unpacked, then scales [16] and group_values() [16] as float32.
+constexpr int64_t kPanelLines = 128;
+inline int64_t panel_group_bytes(const QuantWeight& w) { return w.group * 16 + kPanelLines; }
+inline int64_t panel_tile_bytes(const QuantWeight& w) { return w.num_groups() * panel_group_bytes(w); }
+
+// what follows a group's quads in a panel; gives where the next group begins
+inline uint8_t* store_panel_lines(uint8_t* panel, const uint8_t* line) {
+  const F32x16 scale = group_scales(line);
+  auto* to = reinterpret_cast<float*>(panel);
+  store(to, scale);
+  store(to + 16, group_values(line, scale));
+  return panel + kPanelLines;
+}
+
+// kT tiles times kM tokens held in registers. kPanel: the tiles lie unpacked in `panel`, one after the other; otherwise they
+// are unpacked on the way. Every loop over sums is unrolled in full: one
 // variable index, and the compiler keeps all of them in memory.
 template <int kBits, bool kPanel, int kT, int kM>
 void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t, const Output& y,
@@ -273,7 +287,7 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
   const uint8_t *v[kT], *second[kT];
   for (int i = 0; i < kT; ++i) {
     tile[i] = tile_at(w, t + i);
-    v[i] = kPanel ? panel + i * w.padded_cols() * 16 : tile[i].groups;
+    v[i] = kPanel ? panel + i * panel_tile_bytes(w) : tile[i].groups;
     second[i] = tile[i].low;
   }
   alignas(64) float total[kT][kM][16] = {};
@@ -322,8 +336,15 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kT; ++i) {
-      const uint8_t* line = line_of(w, tile[i], g);
-      const F32x16 scale = group_scales(line), values = group_values(line, scale);
+      F32x16 scale, values;
+      if constexpr (kPanel) {
+        const auto* floats = reinterpret_cast<const float*>(v[i]);
+        scale = load(floats), values = load(floats + 16);
+        v[i] += kPanelLines;
+      } else {
+        const uint8_t* line = line_of(w, tile[i], g);
+        scale = group_scales(line), values = group_values(line, scale);
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
         const int64_t at = (token + m) * x.num_groups + g;
@@ -352,6 +373,7 @@ void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const Tile tile = tile_at(w, t);
   const uint8_t *v = tile.groups, *second = tile.low;
   for (int64_t g = 0; g < w.num_groups(); ++g) {
+    const uint8_t* line = v;
     v += kLine;
     for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
       const U8x64 raw = load_u8x64(v);
@@ -366,6 +388,7 @@ void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
       store_u8x64(panel, low);
       store_u8x64(panel + 64, high);
     }
+    panel = store_panel_lines(panel, line);
   }
 }
 
@@ -373,7 +396,7 @@ template <int kBits, int kT>
 void tiles_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t t, const Output& y,
                    uint8_t* panel) {
   if (tokens < kPanelTokens) return blocks<kBits, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
-  for (int i = 0; i < kT; ++i) unpack_tile<kBits>(w, t + i, panel + i * w.padded_cols() * 16);
+  for (int i = 0; i < kT; ++i) unpack_tile<kBits>(w, t + i, panel + i * panel_tile_bytes(w));
   blocks<kBits, true, kT, kTokens>(w, x, 0, tokens, t, y, panel);
 }
 
@@ -392,7 +415,7 @@ inline void product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, 
               : product_of<8>(w, x, tokens, tile_begin, tile_end, y, panel);
 }
 
-inline int64_t panel_bytes(const QuantWeight& w) { return kTiles * w.padded_cols() * 16; }
+inline int64_t panel_bytes(const QuantWeight& w) { return kTiles * panel_tile_bytes(w); }
 
 inline void dequantize_row(const QuantWeight& w, int64_t row, float* out) {
   const Tile tile = tile_at(w, row / 16);

@@ -23,12 +23,12 @@ constexpr int kAhead = 4;
 constexpr TileConfig kShallowTiles{1, 0, {}, {64, 64, 64, 64, 32, 64, 32, 64}, {16, 16, 16, 16, 16, 8, 16, 8}};
 
 int64_t panel_tiles(const QuantWeight& w) {
-  const int64_t tiles = kPanelBytes / (w.padded_cols() * 16);
+  const int64_t tiles = kPanelBytes / panel_tile_bytes(w);
   return tiles < 1 ? 1 : tiles;
 }
 
 int64_t tiled_panel_bytes(const QuantWeight& w) {
-  const int64_t own = panel_tiles(w) * w.padded_cols() * 16, other = linear_kernels_avx512().panel_bytes(w);
+  const int64_t own = panel_tiles(w) * panel_tile_bytes(w), other = linear_kernels_avx512().panel_bytes(w);
   return own > other ? own : other;
 }
 
@@ -38,13 +38,14 @@ __m512i zero_bytes(const QuantWeight& w, const Tile& tile, int64_t g) {
   return mul(load_u8(tile.zeros + 16 * g), set1(0x01010101)).v;
 }
 
-// One tile's quads in order, the zero points subtracted: 16 of them, 1024 bytes, are the second operand of a product.
+// One tile as a panel has it, the zero points subtracted: 16 quads, 1024 bytes, are the second operand of a product.
 template <int kBits>
 void unpack_signed(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const Tile tile = tile_at(w, t);
   const uint8_t *v = tile.groups, *second = tile.low;
   for (int64_t g = 0; g < w.num_groups(); ++g) {
     const __m512i zero = zero_bytes(w, tile, g);
+    const uint8_t* line = v;
     v += kLine;
     for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
       const U8x64 raw = load_u8x64(v);
@@ -59,6 +60,7 @@ void unpack_signed(const QuantWeight& w, int64_t t, uint8_t* panel) {
       store_u8x64(panel, {_mm512_sub_epi8(low.v, zero)});
       store_u8x64(panel + 64, {_mm512_sub_epi8(high.v, zero)});
     }
+    panel = store_panel_lines(panel, line);
   }
 }
 
@@ -67,8 +69,6 @@ struct Operands {
   const int8_t* q;  // `stride` bytes between tokens
   int64_t stride;
   const uint8_t* panel;
-  const uint8_t* line;  // of the first group
-  int64_t group_bytes;
   const float *token_scales, *token_offsets;  // [16][groups]
   int64_t groups;
 };
@@ -79,7 +79,7 @@ inline void multiply(const Operands& o, int64_t g, int32_t* sums) {
   // two pairs of operand tiles take turns, so that one is loaded while the other is multiplied
   constexpr int kA = 4 + kSlot % 2 * 2, kB = kA + 1, kNextA = 10 - kA, kNextB = kNextA + 1;
   const int8_t* q = o.q + g * kGroup;
-  const uint8_t* panel = o.panel + g * kGroup * 16;
+  const uint8_t* panel = o.panel + g * (kGroup * 16 + kPanelLines);
   tile_zero<kSlot>();
   tile_load<kA>(q, o.stride);
   tile_load<kB>(panel, 64);
@@ -92,9 +92,11 @@ inline void multiply(const Operands& o, int64_t g, int32_t* sums) {
   tile_store<kSlot>(sums, 64);
 }
 
+template <int kGroup>
 inline void add_group(const Operands& o, int64_t g, const int32_t* sums, F32x16 (&total)[16]) {
-  const uint8_t* line = o.line + g * o.group_bytes;
-  const F32x16 scale = group_scales(line), values = group_values(line, scale);
+  const uint8_t* lines = o.panel + g * (kGroup * 16 + kPanelLines) + kGroup * 16;
+  const F32x16 scale = load(reinterpret_cast<const float*>(lines)),
+               values = load(reinterpret_cast<const float*>(lines) + 16);
 #pragma GCC unroll 16
   for (int m = 0; m < 16; ++m) {
     const I32x16 sum{_mm512_load_si512(sums + 16 * m)};
@@ -106,7 +108,7 @@ inline void add_group(const Operands& o, int64_t g, const int32_t* sums, F32x16 
 // adds group g - kAhead and multiplies group g, where there are such
 template <int kGroup, int kSlot>
 inline void step(const Operands& o, int64_t g, int32_t (&sums)[kAhead][256], F32x16 (&total)[16]) {
-  if (g >= kAhead && g - kAhead < o.groups) add_group(o, g - kAhead, sums[kSlot], total);
+  if (g >= kAhead && g - kAhead < o.groups) add_group<kGroup>(o, g - kAhead, sums[kSlot], total);
   if (g < o.groups) multiply<kGroup, kSlot>(o, g, sums[kSlot]);
 }
 
@@ -140,9 +142,7 @@ void panel_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, i
     for (int64_t t = begin; t < end; ++t) {
       const Operands o{x.q + token * x.padded_cols,
                        x.padded_cols,
-                       panel + (t - begin) * x.padded_cols * 16,
-                       tile_at(w, t).groups,
-                       w.group_bytes(),
+                       panel + (t - begin) * panel_tile_bytes(w),
                        x.scales + token * x.num_groups,
                        x.offsets + token * x.num_groups,
                        x.num_groups};
@@ -162,7 +162,7 @@ void tiled_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, i
   for (int64_t t = tile_begin; t < tile_end; t += most) {
     const int64_t end = t + most < tile_end ? t + most : tile_end;
     for (int64_t i = t; i < end; ++i) {
-      uint8_t* to = panel + (i - t) * w.padded_cols() * 16;
+      uint8_t* to = panel + (i - t) * panel_tile_bytes(w);
       w.bits == 4 ? unpack_signed<4>(w, i, to) : unpack_signed<8>(w, i, to);
     }
     written_for_tiles();
