@@ -15,7 +15,12 @@ constexpr int64_t kPackRows = 24;
 // rows whose scores and weights stay in L1 between the two products; a multiple of 16 and of kBlockRows
 constexpr int64_t kChunkRows = 48;
 
-template <int kDType>
+// Few rows multiply in float32, where a processor has nothing better.
+struct NoDots {
+  static constexpr bool kOn = false;
+};
+
+template <int kDType, class Dots = NoDots>
 class Attention : AttentionRows<kDType> {
  public:
   Attention(const AttentionParams& params, const AttentionJob& job, float* scratch)
@@ -39,6 +44,7 @@ class Attention : AttentionRows<kDType> {
   }
 
   void run() {
+    if (!packed_) ask_for_keys();
     start();
     const int64_t first = std::max<int64_t>(job_.key_begin, low_[0]);
     const int64_t last = std::min<int64_t>(job_.key_end, high_[rows_ - 1]);
@@ -102,8 +108,16 @@ class Attention : AttentionRows<kDType> {
     for (int64_t i = 0; i < rows_ * layout_.value_stride; i += 16) store(acc_ + i, zero_f32());
   }
 
+  // the first tile's; of the others the products ask for
+  void ask_for_keys() const {
+    const int64_t n = std::min(kTileKeys, job_.key_end - job_.key_begin);
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t d = 0; d < p_.dim; d += 16 * kLineVecs<kDType>) prefetch<kDType>(key_at(job_.key_begin + j), d);
+  }
+
   void load_query(const void* q, const Strides& s, int64_t dim, int64_t head, int64_t position, float* out) {
     const void* in = element<kQueryType<kDType>>(q, job_.b * s.b + head * s.h + position * s.t);
+    if (Dots::kOn && !packed_) return void(std::memcpy(out, in, static_cast<size_t>(dim) * 2));
     const F32x16 scale = set1(p_.scale * 1.44269504f);
     int64_t d = 0;
     if (kPairs<kDType> && !packed_) {
@@ -191,11 +205,19 @@ class Attention : AttentionRows<kDType> {
     }
   }
 
+  // Elements from a key of a tile to the value in its place. While keys are multiplied their values are asked for, and with
+  // those the keys of the next tile.
+  int64_t values_ahead(int64_t key) const {
+    constexpr int64_t kBytes = kDType == 0 ? 4 : kDType == 3 ? 1 : 2;
+    return (reinterpret_cast<intptr_t>(value_at(key)) - reinterpret_cast<intptr_t>(key_at(key))) / kBytes;
+  }
+
   // scores of R rows and keys [j, j + 16) of the tile, 16 sums at a time: C keys together, as often as gives 16
   template <int R, int C>
   [[gnu::noinline]] void score_rows(int64_t r, int64_t key, int64_t j, int64_t n) {
     constexpr int kGroups = 16 / (R * C);
     const float* q = query_ + r * layout_.query_stride;
+    const int64_t ahead = values_ahead(key);
     for (int64_t end = j + 16; j < end; j += C * kGroups) {
       F32x16 acc[16];
 #pragma GCC unroll 16
@@ -205,15 +227,10 @@ class Attention : AttentionRows<kDType> {
         for (int i = 0; i < R * C; ++i) acc[g * R * C + i] = zero_f32();
         // past the end the last key is read again; its scores are masked
         for (int c = 0; c < C; ++c) k[c] = key_at(key + std::min<int64_t>(n - 1, j + g * C + c));
-        if constexpr (kDType == 3)
-          dots_s8<R, C>(reinterpret_cast<const int16_t*>(q), 2 * layout_.query_stride, k, p_.dim,
-                        kAheadKeys * p_.k_stride.t, acc + g * R * C);
-        else
-          dots<R, C, kDType>(q, layout_.query_stride, k, p_.dim, kAheadKeys * p_.k_stride.t, acc + g * R * C);
+        dots_of<R, C>(q, k, p_.dim, ahead, acc + g * R * C);
         if (p_.k_rope) {
           for (int c = 0; c < C; ++c) k[c] = key_rope_at(key + std::min<int64_t>(n - 1, j + g * C + c));
-          dots<R, C, kDType>(q + round_up(p_.dim, 16), layout_.query_stride, k, p_.dim_rope,
-                             kAheadKeys * p_.k_rope_stride.t, acc + g * R * C);
+          dots_of<R, C>(q + round_up(p_.dim, 16), k, p_.dim_rope, kAheadKeys * p_.k_rope_stride.t, acc + g * R * C);
         }
       }
       float sums[16];
@@ -222,6 +239,17 @@ class Attention : AttentionRows<kDType> {
         for (int i = 0; i < R; ++i)
           std::memcpy(scores_ + (r + i) * kTileKeys + j + g * C, sums + (g * R + i) * C, C * sizeof(float));
     }
+  }
+
+  template <int R, int C>
+  void dots_of(const float* q, const void* const (&k)[C], int64_t dim, int64_t ahead, F32x16* acc) {
+    const int64_t stride = layout_.query_stride;
+    if constexpr (kDType == 3)
+      dots_s8<R, C>(reinterpret_cast<const int16_t*>(q), 2 * stride, k, dim, ahead, acc);
+    else if constexpr (Dots::kOn)
+      Dots::template scores<R, C>(reinterpret_cast<const uint16_t*>(q), 2 * stride, k, dim, ahead, acc);
+    else
+      dots<R, C, kDType>(q, stride, k, dim, ahead, acc);
   }
 
   void values_direct(int64_t key, int64_t n) {
@@ -235,8 +263,16 @@ class Attention : AttentionRows<kDType> {
   }
   template <int R, int V>
   void add_values(int64_t r, int64_t key, int64_t n) {
-    product<R, V, kDType, true>(scores_ + r * kTileKeys, kTileKeys, value_at(key), p_.v_stride.t,
-                                acc_ + r * layout_.value_stride, layout_.value_stride, n, keep_ + r, p_.dim_v);
+    const int64_t ahead = kTileKeys * p_.k_stride.t - values_ahead(key), width = layout_.value_stride;
+    const float* weights = scores_ + r * kTileKeys;
+    float* acc = acc_ + r * width;
+    if constexpr (Dots::kOn)
+      Dots::template values<R, V>(reinterpret_cast<const uint16_t*>(weights), 2 * kTileKeys,
+                                  static_cast<const uint16_t*>(value_at(key)), p_.v_stride.t, acc, width, n, keep_ + r,
+                                  p_.dim_v, ahead);
+    else
+      product<R, V, kDType, true>(weights, kTileKeys, value_at(key), p_.v_stride.t, acc, width, n, keep_ + r, p_.dim_v,
+                                  ahead);
   }
 
   // turns the scores of rows [begin, end) into weights; updates maximum, sum and what to keep of acc. `begin` is a
@@ -262,6 +298,9 @@ class Attention : AttentionRows<kDType> {
         store(s + j, kDType == 3 ? scaled(w, key + j, n - j) : w);
       }
       tile_[r] = reduce_add(total);
+      if constexpr (Dots::kOn) {
+        if (!packed_) Dots::store_weights(s, load(s), load(s + 16));
+      }
     }
     for (int64_t r = begin; r < end; r += 16) store(sum_ + r, fmadd(load(sum_ + r), load(keep_ + r), load(tile_ + r)));
   }
@@ -275,6 +314,10 @@ class Attention : AttentionRows<kDType> {
         const int count = static_cast<int>(std::min<int64_t>(16, n - j));
         store(s + j, mul(load(s + j), mul(scale, load_n(key_scales_at(key + j), count))));
       }
+    }
+    if (Dots::kOn && !packed_) {
+      const F32x16 scale = set1(p_.scale * 1.44269504f);
+      for (int64_t j = 0; j < kTileKeys; j += 16) store(s + j, mul(load(s + j), scale));
     }
     hide(job_.row_begin + r, position_[r], key, n, kTileKeys, s);
     F32x16 top = load(s);
@@ -308,10 +351,13 @@ class Attention : AttentionRows<kDType> {
   int32_t *low_, *high_, *position_;
 };
 
-template <int kDType>
+template <int kDType, class Dots = NoDots>
 const AttentionKernels& kernels_of() {
   static const AttentionKernels kernels = {
       [](const AttentionParams& p, const AttentionJob& job, float* scratch) {
+        if constexpr (Dots::kOn) {
+          if (Dots::takes(p, job)) return Attention<kDType, Dots>(p, job, scratch).run();
+        }
         Attention<kDType>(p, job, scratch).run();
       },
       [](const AttentionParams& p, const AttentionJob& job, int64_t count, int64_t stride, int64_t row,

@@ -10,8 +10,8 @@ template <int kDType>
 inline F32x16 load_bits(const void* base, int64_t i) {
   return load(static_cast<const float*>(element<kDType>(base, i)));
 }
-// Asks for the line that holds element i, some keys ahead of its use. Keys and values come in short runs of
-// two streams, which the hardware does not follow by itself: without this, waiting and computing add up.
+// Asks for the line that holds element i. Keys and values come in short runs of two streams, which the hardware does not
+// follow by itself: without this, waiting and computing add up.
 template <int kDType>
 inline void prefetch(const void* base, int64_t i) {
   __builtin_prefetch(element<kDType>(base, i), 0, 2);
@@ -59,10 +59,10 @@ inline void restore_order(const float* in, int64_t dim, float* out) {
 }
 
 // c[R, 16 V] = keep[r] * c[r] + a[R, k] @ b[k, 16 V]; keep == nullptr starts from zero. `lanes` < 16 only with V == 1.
-// kStream: b comes from memory, and the rows after it are wanted next.
+// kStream: b comes from memory, and what lies `ahead` elements on is wanted next.
 template <int R, int V, int kDType, bool kStream>
 [[gnu::noinline]] void product_block(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
-                                     int64_t k, const float* keep, int lanes) {
+                                     int64_t k, const float* keep, int lanes, int64_t ahead) {
   F32x16 acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -81,7 +81,7 @@ template <int R, int V, int kDType, bool kStream>
     }
     if constexpr (kStream) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v += kLineVecs<kDType>) prefetch<kDType>(b, (j + kAheadKeys) * ldb + 16 * v);
+      for (int v = 0; v < V; v += kLineVecs<kDType>) prefetch<kDType>(b, j * ldb + ahead + 16 * v);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -100,16 +100,17 @@ template <int R, int V, int kDType, bool kStream>
 // product_block over all columns: V vectors at a time, then half as many, down to a tail of less than one
 template <int R, int V, int kDType, bool kStream>
 inline void product(const float* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                    const float* keep, int64_t cols) {
+                    const float* keep, int64_t cols, int64_t ahead = 0) {
   int64_t done = 0;
   for (; done + 16 * V <= cols; done += 16 * V)
-    product_block<R, V, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, 16);
+    product_block<R, V, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, 16, ahead);
   if (done == cols) return;
   if constexpr (V > 1) {
-    product<R, V / 2, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, cols - done);
+    product<R, V / 2, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, cols - done,
+                                       ahead);
   } else {
     const int lanes = static_cast<int>(cols - done);
-    product_block<R, 1, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, lanes);
+    product_block<R, 1, kDType, kStream>(a, lda, element<kDType>(b, done), ldb, c + done, ldc, k, keep, lanes, ahead);
   }
 }
 

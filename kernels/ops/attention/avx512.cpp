@@ -6,6 +6,7 @@ constexpr int kBlockRows = 6, kBlockVecs = 4;
 }  // namespace llmopt::avx512
 
 #include "attention_kernel.h"
+#include "decode_dots.h"
 #include "prefill_kernel.h"
 
 namespace llmopt {
@@ -23,7 +24,11 @@ struct DotProduct {
 
 }  // namespace
 
-const AttentionKernels& attention_kernels_avx512(int dtype) { return avx512::kernels_for(dtype); }
+const AttentionKernels& attention_kernels_avx512(int dtype) {
+  constexpr int kBf16 = 1;
+  return dtype == kBf16 && fast_bf16_dots() ? avx512::kernels_of<kBf16, avx512::PairDots>()
+                                            : avx512::kernels_for(dtype);
+}
 const PrefillKernels& prefill_kernels_avx512() { return avx512::prefill_kernels_of<DotProduct>(); }
 
 }  // namespace llmopt
