@@ -22,7 +22,7 @@ using avx512::StepKeys;
 // bfloat16, as eager attention rounds them.
 class TileProduct {
  public:
-  static constexpr bool kPacks = false;
+  static constexpr bool kPacks = false, kQueryRows = false;
   static constexpr int64_t kWeights = 2 * kPanel;
 
   TileProduct() { _tile_loadconfig(&kWholeTiles); }

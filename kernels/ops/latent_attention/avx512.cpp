@@ -17,24 +17,40 @@ using namespace avx512;
 // vdpbf16ps, weights rounded to bfloat16
 class DotProduct {
  public:
-  static constexpr bool kPacks = true;
+  static constexpr bool kPacks = true, kQueryRows = true;
   static constexpr int64_t kWeights = kPanel / 2;
 
+  // Four keys and four rows at a time, lanes for dimensions: half a load for each product. With lanes for rows it takes one,
+  // a number broadcast to all of them, and waits for it twice as long as for the product.
   template <class Between>
   void scores(const StepKeys& keys, const uint16_t* query, int64_t steps, float* out, const Between& between) const {
-    for (int64_t k = 0; k < kStepKeys; k += 16) {
+    constexpr int kKeys = 4, kRows = 4;
+    const int64_t depth = 32 * steps;
+    for (int64_t k = 0; k < kStepKeys; k += kKeys) {
       const uint16_t* at = keys.at + k * keys.stride;
-      F32x16 sum[16];
+      for (int64_t r = 0; r < kLanes; r += kRows) {
+        const uint16_t* q = query + r * depth;
+        F32x16 sum[kKeys * kRows];
 #pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) sum[j] = zero_f32();
-      for (int64_t d = 0; d < 16 * steps; ++d) {
-        const F32x16 q = load(reinterpret_cast<const float*>(query) + 16 * d);
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; ++j) sum[j] = dot_bf16(sum[j], q, load_pair(at + j * keys.stride + 2 * d));
-        if (d % 64 == 0) between();
+        for (int i = 0; i < kKeys * kRows; ++i) sum[i] = zero_f32();
+        for (int64_t d = 0; d < depth; d += 32) {
+          // as many lines in all as the keys have
+          if (d % (32 * kAhead) == 0) between();
+          F32x16 x[kRows];
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) x[i] = load_bits<1>(q + i * depth, d);
+#pragma GCC unroll 4
+          for (int j = 0; j < kKeys; ++j) {
+            const F32x16 y = load_bits<1>(at + j * keys.stride, d);
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; ++i) sum[j * kRows + i] = dot_bf16(sum[j * kRows + i], x[i], y);
+          }
+        }
+        float each[kKeys * kRows];
+        store(each, sum_each(sum));
+        for (int64_t j = 0; j < kKeys; ++j)
+          std::memcpy(out + (k + j) * kLanes + r, each + j * kRows, kRows * sizeof(float));
       }
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) store(out + (k + j) * kLanes, sum[j]);
     }
   }
 

@@ -43,6 +43,7 @@ struct StepKeys {
 };
 
 // Product has, for the life of an object, what it needs of the processor, and
+//   kQueryRows: whether scores() takes queries row by row rather than packed in pairs of neighbours, rows in lanes
 //   kPacks: whether values() takes keys packed in pairs of neighbours rather than where they lie
 //   kWeights: elements of 16 x 16 weights
 //   scores(keys, query, steps, out, between): out[64 keys, 16] over 32 * steps dimensions
@@ -85,7 +86,7 @@ class LatentPairs : LatentRows<1> {
   }
 
  private:
-  // sixteen queries into lanes, as pairs of dimensions
+  // sixteen queries, as they come or into lanes as pairs of dimensions; what is missing is zero
   void start(int64_t g) {
     const int64_t first = g * kLanes, n = std::min(kLanes, rows_ - first);
     store(max_ + first, set1(kMasked));
@@ -93,6 +94,12 @@ class LatentPairs : LatentRows<1> {
     if (job_.follows) return;
     const auto* in = static_cast<const uint16_t*>(p_.query) + (job_.token * p_.heads + job_.row_begin + first) * p_.dim;
     uint16_t* out = query_ + first * layout_.depth;
+    if constexpr (Product::kQueryRows) {
+      std::fill(out, out + kLanes * layout_.depth, uint16_t{0});
+      for (int64_t r = 0; r < n; ++r)
+        std::memcpy(out + r * layout_.depth, in + r * p_.dim, static_cast<size_t>(p_.dim) * 2);
+      return;
+    }
     for (int64_t d = 0; d < layout_.depth; d += 32, out += kPanel) {
       const int count = static_cast<int>(std::min<int64_t>(32, p_.dim - d));
       F32x16 x[16];
