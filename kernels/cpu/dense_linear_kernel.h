@@ -74,7 +74,7 @@ template <int kDType, int kM, int kR>
 }
 
 // 16 rows (fewer at the end: the last one is read again) times kM tokens, kR rows at a time. One row at a time is one stream of
-// bytes, which a core reads fastest (docs/decisions/0012); of several tokens the multiplications are what takes time.
+// bytes, which an AMD core reads fastest (docs/engine.md); of several tokens the multiplications are what takes time.
 template <int kDType, int kM>
 void dense_tile(const DenseWeight& w, const float* x, int64_t token, int64_t row, const Output& y) {
   constexpr int kR = kM == 1 ? 1 : 4;

@@ -293,7 +293,9 @@ void block(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t,
   alignas(64) float total[kT][kM][16] = {};
   for (int64_t g = 0; g < x.num_groups; ++g) {
     I32x16 acc[kT][kM];
-    for (int i = 0; i < kT && !kPanel; ++i) v[i] += kLine;
+    if constexpr (!kPanel) {
+      for (int i = 0; i < kT; ++i) prefetch(v[i] + 2 * kPrefetch), v[i] += kLine;
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 4
@@ -374,6 +376,7 @@ void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
   const uint8_t *v = tile.groups, *second = tile.low;
   for (int64_t g = 0; g < w.num_groups(); ++g) {
     const uint8_t* line = v;
+    prefetch(v + kPrefetch);
     v += kLine;
     for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
       const U8x64 raw = load_u8x64(v);

@@ -46,6 +46,7 @@ void unpack_signed(const QuantWeight& w, int64_t t, uint8_t* panel) {
   for (int64_t g = 0; g < w.num_groups(); ++g) {
     const __m512i zero = zero_bytes(w, tile, g);
     const uint8_t* line = v;
+    prefetch(v + kPrefetch);
     v += kLine;
     for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
       const U8x64 raw = load_u8x64(v);

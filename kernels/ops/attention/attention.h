@@ -45,7 +45,7 @@ constexpr int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 // Keys of one tile: transposed, in float32, 32 keys x 128 fill 16 KiB, and stay in L1 while the rows pass over them; in
 // decode, turns between keys and values short enough for the memory not to notice.
 constexpr int64_t kTileKeys = 32;
-// Keys ahead of their use to ask for the second part of keys, where they are read as they lie.
+// How many keys ahead the second part of keys (rope) is asked for, where they are read as they lie.
 constexpr int64_t kAheadKeys = 16;
 
 // Floats of scratch one thread needs for a job of `rows` rows.

@@ -108,16 +108,17 @@ class Attention : AttentionRows<kDType> {
     for (int64_t i = 0; i < rows_ * layout_.value_stride; i += 16) store(acc_ + i, zero_f32());
   }
 
-  // the first tile's; of the others the products ask for
+  // the first tile's; for the others the products ask
   void ask_for_keys() const {
-    const int64_t n = std::min(kTileKeys, job_.key_end - job_.key_begin);
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t d = 0; d < p_.dim; d += 16 * kLineVecs<kDType>) prefetch<kDType>(key_at(job_.key_begin + j), d);
+    const int64_t first = std::max(job_.key_begin, low_of(job_.row_begin / p_.group()));
+    const int64_t end = std::min(first + kTileKeys, job_.key_end);
+    for (int64_t key = first; key < end; ++key)
+      for (int64_t d = 0; d < p_.dim; d += 16 * kLineVecs<kDType>) prefetch<kDType>(key_at(key), d);
   }
 
   void load_query(const void* q, const Strides& s, int64_t dim, int64_t head, int64_t position, float* out) {
     const void* in = element<kQueryType<kDType>>(q, job_.b * s.b + head * s.h + position * s.t);
-    if (Dots::kOn && !packed_) return void(std::memcpy(out, in, static_cast<size_t>(dim) * 2));
+    if (Dots::kOn) return void(std::memcpy(out, in, static_cast<size_t>(dim) * 2));
     const F32x16 scale = set1(p_.scale * 1.44269504f);
     int64_t d = 0;
     if (kPairs<kDType> && !packed_) {
@@ -206,7 +207,7 @@ class Attention : AttentionRows<kDType> {
   }
 
   // Elements from a key of a tile to the value in its place. While keys are multiplied their values are asked for, and with
-  // those the keys of the next tile.
+  // those the keys of the next tile; of all of them where keys and values are laid out alike, as in a cache.
   int64_t values_ahead(int64_t key) const {
     constexpr int64_t kBytes = kDType == 0 ? 4 : kDType == 3 ? 1 : 2;
     return (reinterpret_cast<intptr_t>(value_at(key)) - reinterpret_cast<intptr_t>(key_at(key))) / kBytes;
@@ -298,9 +299,7 @@ class Attention : AttentionRows<kDType> {
         store(s + j, kDType == 3 ? scaled(w, key + j, n - j) : w);
       }
       tile_[r] = reduce_add(total);
-      if constexpr (Dots::kOn) {
-        if (!packed_) Dots::store_weights(s, load(s), load(s + 16));
-      }
+      if constexpr (Dots::kOn) Dots::store_weights(s, load(s), load(s + 16));
     }
     for (int64_t r = begin; r < end; r += 16) store(sum_ + r, fmadd(load(sum_ + r), load(keep_ + r), load(tile_ + r)));
   }
@@ -315,7 +314,7 @@ class Attention : AttentionRows<kDType> {
         store(s + j, mul(load(s + j), mul(scale, load_n(key_scales_at(key + j), count))));
       }
     }
-    if (Dots::kOn && !packed_) {
+    if (Dots::kOn) {
       const F32x16 scale = set1(p_.scale * 1.44269504f);
       for (int64_t j = 0; j < kTileKeys; j += 16) store(s + j, mul(load(s + j), scale));
     }
@@ -356,7 +355,8 @@ const AttentionKernels& kernels_of() {
   static const AttentionKernels kernels = {
       [](const AttentionParams& p, const AttentionJob& job, float* scratch) {
         if constexpr (Dots::kOn) {
-          if (Dots::takes(p, job)) return Attention<kDType, Dots>(p, job, scratch).run();
+          if (Dots::takes(p) && job.row_end - job.row_begin < kPackRows)
+            return Attention<kDType, Dots>(p, job, scratch).run();
         }
         Attention<kDType>(p, job, scratch).run();
       },

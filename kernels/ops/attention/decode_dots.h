@@ -11,11 +11,12 @@ namespace llmopt::LLMOPT_ISA {
 struct PairDots {
   static constexpr bool kOn = true;
 
-  // fewer rows wait for memory either way, and wait longer the faster they ask for it
-  static constexpr int64_t kLeastRows = 4;
+  // Heads of a KV head from which they are used: fewer wait for memory either way. By the heads and not by the rows, so that a
+  // token's numbers are the same alone and among a few.
+  static constexpr int64_t kLeastGroup = 4;
 
-  static bool takes(const AttentionParams& p, const AttentionJob& job) {
-    return job.row_end - job.row_begin >= kLeastRows && p.dim % 32 == 0 && p.dim_rope % 32 == 0 && p.dim_v % 32 == 0;
+  static bool takes(const AttentionParams& p) {
+    return p.group() >= kLeastGroup && p.dim % 32 == 0 && p.dim_rope % 32 == 0 && p.dim_v % 32 == 0;
   }
 
   // acc[r * C + c] += q[r] . k[c], 16 partial sums each; prefetches what lies `ahead` elements on
@@ -43,7 +44,7 @@ struct PairDots {
     for (int i = 0; i < R * C; ++i) acc[i] = sum[i];
   }
 
-  // 32 weights
+  static_assert(kTileKeys == 32, "a tile's weights are two vectors");
   static void store_weights(float* out, F32x16 low, F32x16 high) {
     store_bf16(reinterpret_cast<uint16_t*>(out), low, high);
   }

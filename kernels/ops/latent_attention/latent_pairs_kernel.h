@@ -1,7 +1,7 @@
 // Attention over latents in bfloat16, whose products take pairs of terms.
 //
 // Sixteen queries (rows) make a group, and 128 keys a stretch, read from memory once and from L2 after that:
-//   scores [keys, 16 rows] = keys x queries: keys as they lie, pairs of dimensions; queries packed once
+//   scores [keys, 16 rows] = keys x queries: keys as they lie, pairs of dimensions; queries copied or packed once
 //   values [16 rows, rank] += weights x keys
 // While a stretch is worked on, the next one is asked for, a few lines with every step: reading takes longer than the products.
 #pragma once

@@ -95,7 +95,7 @@ struct Tiles : PackedTiles {
     }
   }
 
-  // one row's part of a vector, of 8 bits of one in either plane: eight codes, as two quads of bytes
+  // Eight codes of a row, given as two quads of bytes: its part of a vector, and with 8 bits of another in the low plane.
   void write_quads(uint8_t* to, uint8_t* low, uint32_t quad, uint32_t next) const {
     constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
     const bool whole = weight.bits == 4;
