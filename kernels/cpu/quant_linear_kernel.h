@@ -370,11 +370,13 @@ void blocks(const QuantWeight& w, const QuantTokens& x, int64_t token, int64_t t
   }
 }
 
-template <int kBits>
-void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
+// One tile as a panel has it. adjust(tile, g) gives what a group's codes go through on the way.
+template <int kBits, class Adjust>
+void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel, const Adjust& adjust) {
   const Tile tile = tile_at(w, t);
   const uint8_t *v = tile.groups, *second = tile.low;
   for (int64_t g = 0; g < w.num_groups(); ++g) {
+    const auto adjusted = adjust(tile, g);
     const uint8_t* line = v;
     prefetch(v + kPrefetch);
     v += kLine;
@@ -388,8 +390,8 @@ void unpack_tile(const QuantWeight& w, int64_t t, uint8_t* panel) {
         second += 64;
         low = join_low(raw, rest), high = join_high(raw, rest);
       }
-      store_u8x64(panel, low);
-      store_u8x64(panel + 64, high);
+      store_u8x64(panel, adjusted(low));
+      store_u8x64(panel + 64, adjusted(high));
     }
     panel = store_panel_lines(panel, line);
   }
@@ -399,7 +401,8 @@ template <int kBits, int kT>
 void tiles_product(const QuantWeight& w, const QuantTokens& x, int64_t tokens, int64_t t, const Output& y,
                    uint8_t* panel) {
   if (tokens < kPanelTokens) return blocks<kBits, false, kT, kTokens>(w, x, 0, tokens, t, y, nullptr);
-  for (int i = 0; i < kT; ++i) unpack_tile<kBits>(w, t + i, panel + i * panel_tile_bytes(w));
+  const auto as_is = [](const Tile&, int64_t) { return [](U8x64 codes) { return codes; }; };
+  for (int i = 0; i < kT; ++i) unpack_tile<kBits>(w, t + i, panel + i * panel_tile_bytes(w), as_is);
   blocks<kBits, true, kT, kTokens>(w, x, 0, tokens, t, y, panel);
 }
 

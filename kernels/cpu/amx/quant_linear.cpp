@@ -38,31 +38,12 @@ __m512i zero_bytes(const QuantWeight& w, const Tile& tile, int64_t g) {
   return mul(load_u8(tile.zeros + 16 * g), set1(0x01010101)).v;
 }
 
-// One tile as a panel has it, the zero points subtracted: 16 quads, 1024 bytes, are the second operand of a product.
+// One tile, the zero points subtracted: 16 quads, 1024 bytes, are the second operand of a product.
 template <int kBits>
 void unpack_signed(const QuantWeight& w, int64_t t, uint8_t* panel) {
-  const Tile tile = tile_at(w, t);
-  const uint8_t *v = tile.groups, *second = tile.low;
-  for (int64_t g = 0; g < w.num_groups(); ++g) {
-    const __m512i zero = zero_bytes(w, tile, g);
-    const uint8_t* line = v;
-    prefetch(v + kPrefetch);
-    v += kLine;
-    for (int i = 0; i < w.group / 8; ++i, v += 64, panel += 128) {
-      const U8x64 raw = load_u8x64(v);
-      prefetch(v + kPrefetch);
-      U8x64 low = low_nibbles(raw), high = high_nibbles(raw);
-      if constexpr (kBits == 8) {
-        const U8x64 rest = load_u8x64(second);
-        prefetch(second + kPrefetch);
-        second += 64;
-        low = join_low(raw, rest), high = join_high(raw, rest);
-      }
-      store_u8x64(panel, {_mm512_sub_epi8(low.v, zero)});
-      store_u8x64(panel + 64, {_mm512_sub_epi8(high.v, zero)});
-    }
-    panel = store_panel_lines(panel, line);
-  }
+  unpack_tile<kBits>(w, t, panel, [&w](const Tile& tile, int64_t g) {
+    return [zero = zero_bytes(w, tile, g)](U8x64 codes) { return U8x64{_mm512_sub_epi8(codes.v, zero)}; };
+  });
 }
 
 // what 16 tokens times one tile of 16 rows read
