@@ -96,12 +96,11 @@ inline void dot(int c, int a, int b, Sum sum) {
   }
 }
 
-template <class A, class B>
-inline void dot_bytes(int c, int a, int b) {
+inline void dot_signed_bytes(int c, int a, int b) {
   dot<int32_t>(c, a, b, [](int32_t lane, const uint8_t* x, const uint8_t* y) {
     uint32_t total = static_cast<uint32_t>(lane);  // wraps, as the instruction does
     for (int i = 0; i < 4; ++i)
-      total += static_cast<uint32_t>(static_cast<int32_t>(static_cast<A>(x[i])) * static_cast<B>(y[i]));
+      total += static_cast<uint32_t>(static_cast<int8_t>(x[i]) * static_cast<int8_t>(y[i]));
     return static_cast<int32_t>(total);
   });
 }
@@ -124,27 +123,36 @@ inline void dot_bf16(int c, int a, int b) {
 
 }  // namespace emulated_amx
 
-#undef _tile_loadd
-#undef _tile_stream_loadd
-#undef _tile_stored
-#undef _tile_zero
-#undef _tile_dpbf16ps
-#undef _tile_dpbssd
-#undef _tile_dpbsud
-#undef _tile_dpbusd
-#undef _tile_dpbuud
+// in place of the instructions of kernels/cpu/tiles_amx.h
+#define LLMOPT_EMULATED_AMX
+namespace llmopt::amx {
+
+template <int kTile>
+inline void tile_zero() {
+  emulated_amx::zero(kTile);
+}
+template <int kTile>
+inline void tile_load(const void* p, int64_t stride) {
+  emulated_amx::load(kTile, p, stride);
+}
+template <int kTile>
+inline void tile_store(void* p, int64_t stride) {
+  emulated_amx::store(kTile, p, stride);
+}
+template <int kC, int kA, int kB>
+inline void tile_dot_s8() {
+  emulated_amx::dot_signed_bytes(kC, kA, kB);
+}
+template <int kC, int kA, int kB>
+inline void tile_dot_bf16() {
+  emulated_amx::dot_bf16(kC, kA, kB);
+}
+
+}  // namespace llmopt::amx
+
 #define _tile_loadconfig(p) emulated_amx::load_config(p)
 #define _tile_storeconfig(p) emulated_amx::store_config(p)
 #define _tile_release() emulated_amx::release()
-#define _tile_loadd(t, p, stride) emulated_amx::load(t, p, stride)
-#define _tile_stream_loadd(t, p, stride) emulated_amx::load(t, p, stride)
-#define _tile_stored(t, p, stride) emulated_amx::store(t, p, stride)
-#define _tile_zero(t) emulated_amx::zero(t)
-#define _tile_dpbf16ps(c, a, b) emulated_amx::dot_bf16(c, a, b)
-#define _tile_dpbssd(c, a, b) (emulated_amx::dot_bytes<int8_t, int8_t>(c, a, b))
-#define _tile_dpbsud(c, a, b) (emulated_amx::dot_bytes<int8_t, uint8_t>(c, a, b))
-#define _tile_dpbusd(c, a, b) (emulated_amx::dot_bytes<uint8_t, int8_t>(c, a, b))
-#define _tile_dpbuud(c, a, b) (emulated_amx::dot_bytes<uint8_t, uint8_t>(c, a, b))
 
 // detection: the tiles are there, and Linux permits them
 #define __builtin_cpu_supports(name) (std::strncmp(name, "amx-", 4) == 0 || __builtin_cpu_supports(name))

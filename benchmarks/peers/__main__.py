@@ -45,6 +45,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=environment.visible_cores())
     parser.add_argument("--passes", default="", help="of ours, comma-separated; default: all")
+    parser.add_argument("--kv-dtype", default="", help="of our cache: bf16, fp16, fp32 or int8; default: the model's")
     parser.add_argument("--cap-s", type=float, default=60.0, help="a request that takes longer is skipped")
     parser.add_argument("--one-at-a-time", action="store_true", help="one model in memory at a time; default for MoE")
     parser.add_argument("--ik-bench", type=Path, help="llama-bench of an ik_llama.cpp that you have built")
@@ -76,6 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
         say,
         passes=args.passes,
         isa=args.isa,
+        kv_dtype=args.kv_dtype,
         ik_bench=args.ik_bench,
     )
     args.names = list(dict.fromkeys([OURS, *args.names]))
@@ -123,7 +125,8 @@ def make_record(
     """
     cells = [cell for job in args.jobs for cell in job.cells]
     settings = {"threads": args.threads, "rounds": outcome.rounds, "cap_s": args.cap_s, "tokens": args.tokens,
-                "passes": args.passes or "all", "isa": args.isa or "auto", "one_at_a_time": args.one_at_a_time}  # fmt: skip
+                "passes": args.passes or "all", "isa": args.isa or "auto", "kv_dtype": args.kv_dtype or "auto",
+                "one_at_a_time": args.one_at_a_time}  # fmt: skip
     return Record(
         shape=args.shape, command=ran, settings=settings, environment=environment.capture(),
         cells=sorted(cells, key=lambda cell: (cell.startswith("decode"), "x" in cell)),

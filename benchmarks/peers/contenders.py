@@ -43,6 +43,7 @@ class Setup:
     say: Callable[[str], None]
     passes: str = ""  # of ours, comma-separated; empty: all
     isa: str = ""  # of ours; empty: the best here
+    kv_dtype: str = ""  # of ours; empty: the model's
     ik_bench: Path | None = None
 
 
@@ -92,8 +93,8 @@ def _worker(setup: Setup, name: str, python: Path | str, module: str, *arguments
 
 def _transformers(name: str) -> Callable[[Setup], Timed]:
     def build(setup: Setup) -> Timed:
-        passes = [setup.passes] if name == OURS and setup.passes else []
-        return _worker(setup, name, sys.executable, "hf", name, setup.shape, *passes)
+        ours = [setup.passes or "all", *([setup.kv_dtype] if setup.kv_dtype else [])] if name == OURS else []
+        return _worker(setup, name, sys.executable, "hf", name, setup.shape, *ours)
 
     return build
 

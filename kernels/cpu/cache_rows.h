@@ -41,8 +41,8 @@ inline const float* check_floats(const char* name, const TensorView& t, std::ini
 }
 
 // Queries and outputs beside a cache.
-inline void check_query(const char* name, const TensorView& t, const CacheShape& cache) {
-  if (cache.dtype != DType::kS8) return check_same_dtype(name, t, "k", cache.dtype);
+inline void check_query(const char* name, const TensorView& t, const CacheShape& cache, const char* beside = "k") {
+  if (cache.dtype != DType::kS8) return check_same_dtype(name, t, beside, cache.dtype);
   if (float_dtype(name, t) != DType::kBF16)
     TVM_FFI_THROW(ValueError) << name << ": expected dtype bfloat16 beside an int8 cache";
 }

@@ -22,6 +22,7 @@ inline constexpr TileConfig kWholeTiles{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 6
 // GCC 12's tile loads do not say that they read memory: between writing what they read and the first of them
 inline void written_for_tiles() { __asm__ volatile("" : : : "memory"); }
 
+#ifndef LLMOPT_EMULATED_AMX  // else tests/emulated_amx.h has defined these
 // the instructions with the tile's number as a template argument; the intrinsics take literals alone
 template <int kTile>
 inline void tile_zero() {
@@ -45,5 +46,6 @@ template <int kC, int kA, int kB>
 inline void tile_dot_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
+#endif
 
 }  // namespace llmopt::amx

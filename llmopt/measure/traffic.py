@@ -64,7 +64,8 @@ def kv_bytes(resolved: ResolvedModel, depth: int) -> int:
     engine = engine_of(resolved.model)
     dtype = resolved.dtype if engine is None else engine.kv_dtype
     if resolved.family.attention.kind == "mla":
-        rows, values = 1, config.kv_lora_rank + config.qk_rope_head_dim
+        rope = config.qk_rope_head_dim * (2 if dtype == torch.int8 else 1)  # bfloat16 behind codes
+        rows, values = 1, config.kv_lora_rank + rope
     else:
         rows = 2 * config.num_key_value_heads
         values = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -87,17 +87,14 @@ class KVCache(Cache):  # type: ignore[misc]
         capacity: slots a sequence; more are allocated when needed.
         dtype: of keys and values; int8: each head of a token has a float32 scale of its own, beside the codes.
         latent_rank: of latent attention: a "key" then is a latent of this size with its rope key behind it, and there are
-            no values.
+            no values. In int8 the rope key is bfloat16: :mod:`llmopt.ops.latent_cache.rows`.
         own_halves: the model's own layers keep rotated pairs as halves, (0, 2, 4, ..., 1, 3, 5, ...); the engine does not.
 
     Attributes:
-        keys: ``[S, Hk, C, D]`` a layer.
+        keys: ``[S, Hk, C, D]`` a layer; int8 latents: D bytes a row.
         values: likewise.
         key_scales: ``[S, Hk, C]`` float32 a layer, of an int8 cache; else empty.
-        value_scales: likewise.
-
-    Raises:
-        InputError: latents in int8.
+        value_scales: likewise, but none of latents.
     """
 
     def __init__(
@@ -105,7 +102,7 @@ class KVCache(Cache):  # type: ignore[misc]
         dtype: torch.dtype, latent_rank: int | None = None, own_halves: bool = False,
     ) -> None:  # fmt: skip
         if dtype == torch.int8 and latent_rank is not None:
-            raise InputError.argument("dtype", expected="a floating dtype for the cache of latent attention", got=dtype)
+            head_dims = (2 * head_dims[0] - latent_rank, head_dims[1])
         self.sequences, self.kv_heads, self.head_dims, self.dtype = sequences, kv_heads, head_dims, dtype
         self.latent_rank, self._own_halves, self._in_halves = latent_rank, own_halves, False
         self.capacity = 0
@@ -137,16 +134,17 @@ class KVCache(Cache):  # type: ignore[misc]
         """All buffers: ``[S, Hk, C, D]``, and of an int8 cache ``[S, Hk, C]``."""
         return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
 
-    def scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        """``[S, Hk, C]`` float32, of keys and of values; None of a cache that is not int8."""
-        return (self.key_scales[layer], self.value_scales[layer]) if self.key_scales else (None, None)
+    def scales(self, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """``[S, Hk, C]`` float32, of what :meth:`parts` gives; None of what is not int8."""
+        keys, values = (scales[layer] if scales else None for scales in (self.key_scales, self.value_scales))
+        return keys, values
 
     def parts(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer's own forward takes for keys and values: of latent attention, latents and rope keys."""
         if self.latent_rank is None:
             return self.keys[layer], self.values[layer]
-        rows = self.keys[layer]
-        return rows[..., : self.latent_rank], rows[..., self.latent_rank :]
+        latents, rope = self.keys[layer].tensor_split([self.latent_rank], dim=-1)
+        return latents, rope.view(torch.bfloat16) if self.dtype == torch.int8 else rope
 
     def order_for(self, *, own_layers: bool) -> None:
         """Bring what is cached into the order in which the model's own layers, or the engine, keep it."""
@@ -154,8 +152,8 @@ class KVCache(Cache):  # type: ignore[misc]
         if halves == self._in_halves or self.latent_rank is None:
             return
         self._in_halves = halves
-        for keys in self.keys:
-            rotated = keys[:, :, : self.length, self.latent_rank :]
+        for layer in range(len(self.layers)):
+            rotated = self.parts(layer)[1][:, :, : self.length]
             pairs = rotated.unflatten(-1, (-1, 2) if halves else (2, -1))
             rotated.copy_(pairs.transpose(-1, -2).flatten(-2))
 
@@ -180,9 +178,10 @@ class KVCache(Cache):  # type: ignore[misc]
         self.keys = [k.view(*shape, self.head_dims[0]) for k in parts[::2]]
         self.values = [v.view(*shape, self.head_dims[1]) for v in parts[1::2]]
         if self.dtype == torch.int8:
-            scales = huge_block(2 * layers * tokens * torch.float32.itemsize).view(torch.float32).split(tokens)
-            self.key_scales = [k.view(shape) for k in scales[::2]]
-            self.value_scales = [v.view(shape) for v in scales[1::2]]
+            kinds = 2 if self.latent_rank is None else 1
+            scales = huge_block(kinds * layers * tokens * torch.float32.itemsize).view(torch.float32).split(tokens)
+            self.key_scales = [k.view(shape) for k in scales[::kinds]]
+            self.value_scales = [v.view(shape) for v in scales[1::2]] if kinds == 2 else []
 
     # ---- what transformers asks of a cache beyond its layers
 

@@ -40,13 +40,13 @@ class Engine:
         kv_dtype: of the caches it makes, int8 among them; None: the model's.
 
     Raises:
-        UnsupportedModelError: a part that the ops do not know, or latent attention over an int8 cache.
+        UnsupportedModelError: a part that the ops do not know.
     """
 
     def __init__(
         self, resolved: ResolvedModel, screened: bool | None = None, kv_dtype: torch.dtype | None = None
     ) -> None:
-        reason = unsupported(resolved, kv_dtype)
+        reason = unsupported(resolved)
         if reason:
             raise UnsupportedModelError(reason)
         model, family, config = resolved.model, resolved.family, resolved.model.config
@@ -149,10 +149,8 @@ def _blocks(
     return attention, mlp
 
 
-def unsupported(resolved: ResolvedModel, kv_dtype: torch.dtype | None = None) -> str:
+def unsupported(resolved: ResolvedModel) -> str:
     """Why the engine cannot run this model, or ''."""
-    if kv_dtype == torch.int8 and resolved.family.attention.kind == "mla":
-        return "latent attention has no int8 cache: all heads read one latent a token, in its own dtype"
     config: Any = resolved.model.config
     rotary: Any = resolved.model.get_submodule(resolved.family.rotary)
     kind = getattr(rotary, "rope_type", "default")

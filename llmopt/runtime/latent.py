@@ -97,18 +97,20 @@ class LatentBlock:
         """``h += attention(norm(h))``, latents written to the cache."""
         q, kv_a = self._project(h, ctx)
         rows, cache = ctx.rows, ctx.cache.keys[self.index][:, 0]
+        scales = ctx.cache.key_scales[self.index][:, 0] if ctx.cache.key_scales else None
         absorbed = ctx.work.recorded or rows.longest_run() <= _MOST_ABSORBED
         w_uk, w_uv = self.halves() if absorbed else (None, None)
         query = latent_cache(
             q, kv_a, self.kv_norm, eps=self.kv_eps, cos=ctx.rope.cos, sin=ctx.rope.sin, position=rows.position,
             seq=rows.seq, slot=rows.slot, interleaved=ctx.rope.interleaved, heads=self.heads, w_uk=w_uk, cache=cache,
+            latent_scale=scales,
         )  # fmt: skip
         if w_uv is None:
-            out = self._expanded(query, cache, ctx)
+            out = self._expanded(query, cache, scales, ctx)
         else:
             latent = latent_attention(
                 ctx.work.keep(query), cache, seq=rows.seq, slot=rows.slot, scale=self.scale, rank=self.rank,
-                start=ctx.cache.start,
+                start=ctx.cache.start, latent_scale=scales,
             )  # fmt: skip
             out = latent_output(ctx.work.keep(latent), w_uv, v_dim=self.v_dim)
         linears(ctx.work.keep(out), (self.output,), h, mode="add")
@@ -124,14 +126,16 @@ class LatentBlock:
             q = full
         return ctx.work.keep(q), ctx.work.keep(kv_a)
 
-    def _expanded(self, query: torch.Tensor, cache: torch.Tensor, ctx: Context) -> torch.Tensor:
+    def _expanded(
+        self, query: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None, ctx: Context
+    ) -> torch.Tensor:
         parts = []
         for part, seq, last in ctx.rows.runs():
             start = int(ctx.cache.start[seq])
             parts.append(
                 expanded_attention(
                     query[part], cache[:, start:], self._expand, seq=seq, keys=last + 1 - start, nope=self.nope,
-                    rope=self.rope_dim, scale=self.scale,
+                    rope=self.rope_dim, scale=self.scale, latent_scale=None if scales is None else scales[:, start:],
                 )
             )  # fmt: skip
         return torch.cat(parts)

@@ -64,9 +64,17 @@ def test_a_cache_that_is_not_int8_has_no_scales() -> None:
     assert filled(dtype=torch.int8).query_dtype == torch.bfloat16
 
 
-def test_latents_are_not_kept_in_int8() -> None:
-    with pytest.raises(InputError, match="dtype: expected a floating dtype for the cache of latent attention"):
-        filled(rank=4, dtype=torch.int8)
+def test_int8_latents_have_their_rope_keys_in_bf16_behind_them() -> None:
+    cache = filled(rank=4, dtype=torch.int8)
+    assert [tuple(t.shape) for t in cache.tensors()[::2]] == [(3, 1, 8, 8), (3, 1, 8, 0), (3, 1, 8)]
+    assert cache.scales(0)[1] is None
+    latents = torch.tensor([1.0, -2.0, 0.0, 127.0]).expand(3, 1, 1, 4)
+    rope = torch.tensor([0.1, -3e4]).expand(3, 1, 1, 2)
+    got = cache.update(latents, rope, 1)
+    assert torch.equal(got[0][:, :, 5:], latents)
+    assert torch.equal(got[1][:, :, 5:], rope.bfloat16().float())
+    assert cache.keys[1][0, 0, 5, :4].tolist() == [1, -2, 0, 127]
+    assert cache.key_scales[1][:, :, 5].tolist() == [[1.0]] * 3
 
 
 def test_update_writes_behind_what_is_seen() -> None:

@@ -1,6 +1,6 @@
 """Contenders that run through transformers' generate: eager, stock, and llmopt.
 
-    python -m benchmarks.peers.workers.hf eager|stock|llmopt SHAPE [PASS,PASS...]
+    python -m benchmarks.peers.workers.hf eager|stock|llmopt SHAPE [all|PASS,PASS... [KV_DTYPE]]
 
 SHAPE is a published shape or ``small``. llmopt runs every pass, unmeasured (nothing is undone then), and is timed through
 ``generate``. With quantize_gptq among the passes a published shape is built in int4 from random codes, as ``llmopt bench``
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -23,7 +24,7 @@ from llmopt import loop
 from llmopt.measure import traffic
 from llmopt.models import resolve_model, shapes
 from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
-from llmopt.passes import choose
+from llmopt.passes import FuseKernels, choose
 from llmopt.passes.quantize_gptq import QuantizeGptq
 from llmopt.passes.quantize_gptq.direct import build_quantized
 from llmopt.stages import EAGER, STOCK, Stages
@@ -74,11 +75,11 @@ def build_plain(shape: str) -> Any:
     return shapes.tiny_model("qwen3", dtype=torch.bfloat16) if shape == SMALL else shapes.build(shape)
 
 
-def build_ours(shape: str, passes: Sequence[str] | None) -> Any:
-    chosen = choose(passes)
+def build_ours(shape: str, passes: Sequence[str] | None, kv_dtype: str | None = None) -> Any:
+    chosen = [replace(item, kv_dtype=kv_dtype) if isinstance(item, FuseKernels) else item for item in choose(passes)]
     options = next((item for item in chosen if isinstance(item, QuantizeGptq)), None)
     if shape == SMALL or options is None:
-        return llmopt.optimize(build_plain(shape), passes, measure=False)
+        return llmopt.optimize(build_plain(shape), chosen, measure=False)
     model, applied = build_quantized(shape, group_size=options.group_size, head_bits=options.head_bits or 8)
     rest = [item for item in chosen if item is not options]
     return loop.optimize_built(model, (options, applied), rest, baseline=_NoBaseline(), measure=False)
@@ -147,8 +148,8 @@ def main() -> None:
     replies = serve.private_stdout()
     kind, shape = sys.argv[1:3]
     if kind == "llmopt":
-        passes = sys.argv[3].split(",") if len(sys.argv) > 3 else None
-        model = build_ours(shape, passes)
+        names, kv_dtype = [*sys.argv[3:], None, None][:2]
+        model = build_ours(shape, names.split(",") if names and names != "all" else None, kv_dtype)
         kept = [{"name": row.name, "verdict": row.verdict, "reason": row.reason, "options": row.options}
                 for row in llmopt.report(model).passes]  # fmt: skip
         settings: dict[str, Any] = {"llmopt": llmopt.__version__, "passes": kept, "reads": reads(model)}

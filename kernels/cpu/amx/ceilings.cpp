@@ -17,14 +17,14 @@ void begin_chains(uint8_t x, uint8_t y) {
   std::memset(operand[1], y, 1024);
   amx::written_for_tiles();
   _tile_loadconfig(&amx::kWholeTiles);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_loadd(6, operand[0], 64);
-  _tile_loadd(7, operand[1], 64);
+  amx::tile_zero<0>();
+  amx::tile_zero<1>();
+  amx::tile_zero<2>();
+  amx::tile_zero<3>();
+  amx::tile_zero<4>();
+  amx::tile_zero<5>();
+  amx::tile_load<6>(operand[0], 64);
+  amx::tile_load<7>(operand[1], 64);
   amx::written_for_tiles();  // the operands end here, not before the loads
 }
 
@@ -33,12 +33,12 @@ double dot_int8(int64_t steps) {
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      _tile_dpbssd(0, 6, 7);
-      _tile_dpbssd(1, 6, 7);
-      _tile_dpbssd(2, 6, 7);
-      _tile_dpbssd(3, 6, 7);
-      _tile_dpbssd(4, 6, 7);
-      _tile_dpbssd(5, 6, 7);
+      amx::tile_dot_s8<0, 6, 7>();
+      amx::tile_dot_s8<1, 6, 7>();
+      amx::tile_dot_s8<2, 6, 7>();
+      amx::tile_dot_s8<3, 6, 7>();
+      amx::tile_dot_s8<4, 6, 7>();
+      amx::tile_dot_s8<5, 6, 7>();
     }
   }
   _tile_release();
@@ -50,12 +50,12 @@ double dot_bf16(int64_t steps) {
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      _tile_dpbf16ps(0, 6, 7);
-      _tile_dpbf16ps(1, 6, 7);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_dpbf16ps(3, 6, 7);
-      _tile_dpbf16ps(4, 6, 7);
-      _tile_dpbf16ps(5, 6, 7);
+      amx::tile_dot_bf16<0, 6, 7>();
+      amx::tile_dot_bf16<1, 6, 7>();
+      amx::tile_dot_bf16<2, 6, 7>();
+      amx::tile_dot_bf16<3, 6, 7>();
+      amx::tile_dot_bf16<4, 6, 7>();
+      amx::tile_dot_bf16<5, 6, 7>();
     }
   }
   _tile_release();

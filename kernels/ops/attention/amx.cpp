@@ -19,30 +19,30 @@ class TileProduct {
              int64_t ldc) const {
     amx::written_for_tiles();
     if constexpr (kAdd) {
-      _tile_loadd(0, c, ldc * 4);
-      _tile_loadd(1, c + 16, ldc * 4);
-      _tile_loadd(2, c + 16 * ldc, ldc * 4);
-      _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+      amx::tile_load<0>(c, ldc * 4);
+      amx::tile_load<1>(c + 16, ldc * 4);
+      amx::tile_load<2>(c + 16 * ldc, ldc * 4);
+      amx::tile_load<3>(c + 16 * ldc + 16, ldc * 4);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      amx::tile_zero<0>();
+      amx::tile_zero<1>();
+      amx::tile_zero<2>();
+      amx::tile_zero<3>();
     }
     for (int64_t i = 0; i < steps; ++i, a += kBlock, b += step) {
-      _tile_loadd(6, b, 64);
-      _tile_loadd(4, a, lda * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + panel, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + 16 * lda, lda * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      amx::tile_load<6>(b, 64);
+      amx::tile_load<4>(a, lda * 2);
+      amx::tile_dot_bf16<0, 4, 6>();
+      amx::tile_load<7>(b + panel, 64);
+      amx::tile_dot_bf16<1, 4, 7>();
+      amx::tile_load<5>(a + 16 * lda, lda * 2);
+      amx::tile_dot_bf16<2, 5, 6>();
+      amx::tile_dot_bf16<3, 5, 7>();
     }
-    _tile_stored(0, c, ldc * 4);
-    _tile_stored(1, c + 16, ldc * 4);
-    _tile_stored(2, c + 16 * ldc, ldc * 4);
-    _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+    amx::tile_store<0>(c, ldc * 4);
+    amx::tile_store<1>(c + 16, ldc * 4);
+    amx::tile_store<2>(c + 16 * ldc, ldc * 4);
+    amx::tile_store<3>(c + 16 * ldc + 16, ldc * 4);
   }
 };
 

@@ -3,7 +3,7 @@
 All heads share one latent "head": a row of the cache is the key, and its first R values are the value. The cache is read
 once for both; sixteen query heads lie side by side in the lanes, so that the work runs at the speed of the multiplications.
 In bfloat16 the products are of bfloat16 where the processor is fast at that, and weights are rounded to it, as eager
-attention rounds them.
+attention rounds them. Beside an int8 cache the products are of bytes there: queries and weights are rounded to 8 bits as well.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["latent_attention"]
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
 _LIBRARY.define(
     "latent_attention(Tensor query, Tensor cache, Tensor seq, Tensor slot, float scale, int rank, "
-    "Tensor? start=None) -> Tensor"
+    "Tensor? start=None, Tensor? latent_scale=None) -> Tensor"
 )
 
 
 def latent_attention(
     query: torch.Tensor, cache: torch.Tensor, *, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int,
-    start: torch.Tensor | None = None,
+    start: torch.Tensor | None = None, latent_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """``softmax(scale * query @ keys.T) @ keys[:, :rank]`` of ragged tokens, for decode and short chunks.
 
@@ -33,14 +33,16 @@ def latent_attention(
     copied: the tensors may belong to a program that is being recorded.
 
     Args:
-        query: ``[T, H, R + P]`` of cache's dtype, contiguous, from :func:`llmopt.ops.latent_cache.latent_cache`. Tokens of one
-            sequence at consecutive slots, one after the other, share the reading of their keys.
-        cache: ``[S, C, R + P]`` float32, bfloat16 or float16, contiguous.
+        query: ``[T, H, R + P]`` of cache's dtype, bfloat16 beside int8, contiguous, from
+            :func:`llmopt.ops.latent_cache.latent_cache`. Tokens of one sequence at consecutive slots, one after the other,
+            share the reading of their keys.
+        cache: ``[S, C, R + P]`` float32, bfloat16 or float16, or ``[S, C, R + 2 P]`` int8 (see there), contiguous.
         seq: ``[T]`` int32, sequences.
         slot: ``[T]`` int32, places in them.
         scale: factor on the scores, with yarn's factor where there is one.
         rank: R.
         start: ``[S]`` int32, the first slot that a sequence's rows see (left padding lies before it), or None: 0.
+        latent_scale: ``[S, C]`` float32, of an int8 cache and of no other.
 
     Returns:
         ``[T, H, R]`` float32.
@@ -51,14 +53,14 @@ def latent_attention(
         NativeLibraryError: the compiled kernels are not installed.
     """
     if torch.compiler.is_compiling():
-        out: torch.Tensor = torch.ops.llmopt.latent_attention(query, cache, seq, slot, scale, rank, start)
+        out: torch.Tensor = torch.ops.llmopt.latent_attention(query, cache, seq, slot, scale, rank, start, latent_scale)
         return out
-    return _cpu(query, cache, seq, slot, scale, rank, start)
+    return _cpu(query, cache, seq, slot, scale, rank, start, latent_scale)
 
 
 def _cpu(
     query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int,
-    start: torch.Tensor | None = None,
+    start: torch.Tensor | None = None, latent_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     if query.dim() != 3 or rank < 1:
         raise InputError(
@@ -66,7 +68,7 @@ def _cpu(
         )
     out = torch.empty(query.shape[0], query.shape[1], rank)
     try:
-        native.library().latent_attention(query, cache, seq, slot, start, scale, out)
+        native.library().latent_attention(query, cache, latent_scale, seq, slot, start, scale, out)
     except ValueError as error:
         raise InputError(f"latent_attention: {error}") from None
     return out
@@ -74,9 +76,10 @@ def _cpu(
 
 def _fake(
     query: torch.Tensor, cache: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, scale: float, rank: int,
-    start: torch.Tensor | None = None,
+    start: torch.Tensor | None = None, latent_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    torch._check(query.shape[2] == cache.shape[2], lambda: f"query: expected {cache.shape[2]} columns")
+    rope = (cache.shape[2] - rank) // (1 if latent_scale is None else 2)
+    torch._check(query.shape[2] == rank + rope, lambda: f"query: expected {rank + rope} columns")
     return query.new_empty(query.shape[0], query.shape[1], rank, dtype=torch.float32)
 
 

@@ -7,6 +7,7 @@ constexpr int kKeyBlock = 24, kRowBlock = 8, kVecBlock = 2;
 }  // namespace llmopt::avx512
 
 #include "latent_attention_kernel.h"
+#include "latent_codes_kernel.h"
 #include "latent_pairs_kernel.h"
 
 namespace llmopt {
@@ -74,6 +75,23 @@ class DotProduct {
 }  // namespace
 
 const LatentKernels& latent_kernels_avx512(int dtype) { return avx512::latent_kernels_for(dtype); }
+const LatentKernels& latent_kernels_codes() {
+  static const LatentKernels kernels = {
+      64,
+      kStretch,
+      [](const LatentParams& p, int64_t rows) {
+        const CodesLayout layout(p, rows);
+        return LatentSizes{(layout.total + 3) / 4, rows * (layout.depth + 2)};
+      },
+      [](const LatentParams& p, const LatentJob& job, float* scratch) { LatentCodes(p, job, scratch).run(); },
+      [](const LatentParams& p, const LatentJob& job, const float* from, int64_t begin, int64_t end) {
+        LatentCodes(p, job, nullptr).merge(from, begin, end);
+      },
+      [](const LatentParams& p, const LatentJob& job, int64_t row, float* scratch) {
+        LatentCodes(p, job, scratch).write_part(row);
+      }};
+  return kernels;
+}
 const LatentKernels& latent_kernels_bf16_dots() { return avx512::latent_pairs_kernels<DotProduct>(); }
 
 }  // namespace llmopt

@@ -1,7 +1,8 @@
 // What op.cpp hands to the loops of one instruction set.
 //
 // All query heads share the one latent "head": a row of the cache is the key, and its first `rank` values are the value. A
-// "row" of queries is one head of one token; the rows of a run of tokens are numbered token by token.
+// "row" of queries is one head of one token; the rows of a run of tokens are numbered token by token. latent_rows.h says how
+// an int8 cache looks; queries beside it are bfloat16.
 #pragma once
 #include <cstdint>
 
@@ -15,10 +16,12 @@ constexpr int64_t kLatentTile = 48;
 constexpr int64_t kLanes = 16;
 
 struct LatentParams {
-  const void* query;   // [tokens, heads, dim]
-  const void* cache;   // [sequences, capacity, dim]
-  float* out;          // [tokens, heads, rank]
-  int64_t seq_stride;  // elements
+  const void* query;        // [tokens, heads, dim]
+  const void* cache;        // [sequences, capacity, row]
+  float* out;               // [tokens, heads, rank]
+  int64_t row, seq_stride;  // elements
+  const float* scales;      // [sequences, scale_stride], of an int8 cache
+  int64_t scale_stride;
   int64_t heads, dim, rank;
   float scale;
 };
@@ -73,10 +76,13 @@ const LatentKernels& latent_kernels_avx512(int dtype);
 // of bfloat16 alone, with products of bfloat16 (latent_pairs_kernel.h)
 const LatentKernels& latent_kernels_bf16_dots();
 const LatentKernels& latent_kernels_amx();
+// of int8 latents, with products of bytes, and of bfloat16 for the rotary part (latent_codes_kernel.h)
+const LatentKernels& latent_kernels_codes();
 
 inline const LatentKernels& latent_kernels(Isa isa, int dtype) {
 #ifdef LLMOPT_X86
-  constexpr int kBf16 = 1;
+  constexpr int kBf16 = 1, kS8 = 3;
+  if (dtype == kS8 && (isa == Isa::kAmx || (isa == Isa::kAvx512 && fast_bf16_dots()))) return latent_kernels_codes();
   if (isa == Isa::kAmx && dtype == kBf16) return latent_kernels_amx();
   if (isa == Isa::kAvx512 && dtype == kBf16 && fast_bf16_dots()) return latent_kernels_bf16_dots();
   if (isa >= Isa::kAvx512) return latent_kernels_avx512(dtype);

@@ -15,15 +15,15 @@ namespace llmopt::LLMOPT_ISA {
 
 static_assert(kLatentTile % kKeyBlock == 0 && kLanes % kRowBlock == 0);
 
-// Up to kKeyBlock rows of 16 dimensions from block b on, as a tile has them: [block][row][16]. bfloat16 comes 32 at a time,
-// as even and odd ones, as far as the values go; the rest comes in order. Rows from n on are zero: what they score is thrown
-// away, but has to be a number. Gives the blocks done. Asks for what lies a tile further on.
-template <int kDType>
+// Up to kKeyBlock rows of 16 dimensions from block b on, as a tile has them: [block][row][16]. With kPair bfloat16 comes 32 at
+// a time, as even and odd ones, as far as the values go; the rest comes in order. Rows from n on are zero: what they score is
+// thrown away, but has to be a number. Gives the blocks done. Asks for what lies a tile further on.
+template <int kDType, bool kPair>
 [[gnu::always_inline]] inline int64_t load_blocks(const void* in, int64_t n, int64_t b, const LatentParams& p,
                                                   float* tile) {
   float* to = tile + b * 16 * kLatentTile;
   const int64_t d = 16 * b;
-  const bool pair = kPairs<kDType> && d + 32 <= p.rank;
+  const bool pair = kPair && d + 32 <= p.rank;
   for (int64_t row = 0; row < kKeyBlock; ++row, to += 16) {
     const int64_t at = row * p.dim + d;
     F32x16 first = zero_f32(), second = first;
@@ -41,17 +41,47 @@ template <int kDType>
   return pair ? 2 : 1;
 }
 
+// dimensions [d, d + 16) of one row of an int8 cache, zeros past the last
+inline F32x16 load_from_codes(const int8_t* row, float scale, int64_t d, const LatentParams& p) {
+  const int8_t* rope = row + p.rank;
+  if (d + 16 <= p.rank) return mul(set1(scale), load_s8(row + d));
+  if (d >= p.rank && d + 16 <= p.dim) return load_bf16(reinterpret_cast<const uint16_t*>(rope) + d - p.rank);
+  alignas(64) float x[16] = {};
+  for (int64_t i = 0; i < 16 && d + i < p.dim; ++i) {
+    uint32_t bits = 0;
+    if (d + i >= p.rank) std::memcpy(reinterpret_cast<char*>(&bits) + 2, rope + 2 * (d + i - p.rank), 2);
+    std::memcpy(x + i, &bits, 4);
+    if (d + i < p.rank) x[i] = scale * static_cast<float>(row[d + i]);
+  }
+  return load(x);
+}
+
+// load_blocks() of one block of an int8 cache
+[[gnu::always_inline]] inline int64_t load_code_blocks(const int8_t* in, const float* scales, int64_t n, int64_t b,
+                                                       const LatentParams& p, float* tile) {
+  float* to = tile + b * 16 * kLatentTile;
+  for (int64_t row = 0; row < kKeyBlock; ++row, to += 16, in += p.row) {
+    store(to, row < n ? load_from_codes(in, scales[row], 16 * b, p) : zero_f32());
+    if (row < n && b % 4 == 0) prefetch<3>(in, 16 * b + kLatentTile * p.row);
+  }
+  return 1;
+}
+
 // scores[key, lane] of kKeyBlock keys, which come from the tile, or from `in` into the tile first: bit by bit, so that
 // turning them into float32 hides behind the products
 template <int kDType>
-[[gnu::noinline]] void score_keys(const LatentParams& p, const float* query, const void* in, int64_t n, float* tile,
-                                  float* scores) {
+[[gnu::noinline]] void score_keys(const LatentParams& p, const float* query, const void* in, const float* scales,
+                                  int64_t n, float* tile, float* scores) {
+  const auto load_next = [&](int64_t b) {
+    if constexpr (kDType == 3) return load_code_blocks(static_cast<const int8_t*>(in), scales, n, b, p, tile);
+    return load_blocks<kDType, kPairs<kDType>>(in, n, b, p, tile);
+  };
   const int64_t blocks = (p.dim + 15) / 16;
   F32x16 acc[kKeyBlock];
 #pragma GCC unroll 24
   for (int k = 0; k < kKeyBlock; ++k) acc[k] = zero_f32();
   for (int64_t b = 0; b < blocks;) {
-    const int64_t end = in ? b + load_blocks<kDType>(in, n, b, p, tile) : blocks;
+    const int64_t end = in ? b + load_next(b) : blocks;
     for (; b < end; ++b) {
       const float* x = tile + b * 16 * kLatentTile;
       for (int d = 0; d < 16; ++d, query += kLanes) {
@@ -125,7 +155,8 @@ class LatentAttention : LatentRows<kDType> {
 
  private:
   using Rows = LatentRows<kDType>;
-  using Rows::p_, Rows::job_, Rows::rows_, Rows::key_at, Rows::high_of;
+  using Rows::p_, Rows::job_, Rows::rows_, Rows::key_at, Rows::scale_at, Rows::high_of;
+  static constexpr int kQuery = kQueryType<kDType>;
 
   // sixteen queries into the lanes, in units of log2
   void start(int64_t g) {
@@ -136,7 +167,8 @@ class LatentAttention : LatentRows<kDType> {
     const int64_t at = (job_.token * p_.heads + job_.row_begin + first) * p_.dim;
     for (int64_t r = 0; r < n; r += kKeyBlock)
       for (int64_t b = 0; b < layout_.blocks;)
-        b += load_blocks<kDType>(element<kDType>(p_.query, at + r * p_.dim), n - r, b, p_, tile_ + r * 16);
+        b += load_blocks<kQuery, kPairs<kDType>>(element<kQuery>(p_.query, at + r * p_.dim), n - r, b, p_,
+                                                 tile_ + r * 16);
     const F32x16 scale = set1(p_.scale * 1.44269504f);
     for (int64_t b = 0; b < layout_.blocks; ++b) {
       F32x16 x[16];
@@ -150,7 +182,8 @@ class LatentAttention : LatentRows<kDType> {
     const int64_t first = g * kLanes, rows = std::min(kLanes, rows_ - first);
     const float* query = query_ + g * layout_.blocks * 16 * kLanes;
     for (int64_t k = 0; k < n; k += kKeyBlock)
-      score_keys<kDType>(p_, query, g == 0 ? key_at(key + k) : nullptr, n - k, tile_ + k * 16, scores_ + k * kLanes);
+      score_keys<kDType>(p_, query, g == 0 ? key_at(key + k) : nullptr, scale_at(key + k), n - k, tile_ + k * 16,
+                         scores_ + k * kLanes);
     const bool all = high_of(first) >= key + n;
     if (!all) mask(first, rows, key, n);
     soften(first, n);
@@ -235,7 +268,8 @@ const LatentKernels& latent_kernels_of() {
 
 inline const LatentKernels& latent_kernels_for(int dtype) {
   if (dtype == 0) return latent_kernels_of<0>();
-  return dtype == 1 ? latent_kernels_of<1>() : latent_kernels_of<2>();
+  if (dtype == 1) return latent_kernels_of<1>();
+  return dtype == 2 ? latent_kernels_of<2>() : latent_kernels_of<3>();
 }
 
 }  // namespace llmopt::LLMOPT_ISA

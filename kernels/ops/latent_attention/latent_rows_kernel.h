@@ -15,7 +15,9 @@ class LatentRows {
   LatentRows(const LatentParams& params, const LatentJob& job)
       : p_(params), job_(job), rows_(job.row_end - job.row_begin) {}
 
-  const void* key_at(int64_t key) const { return element<kDType>(p_.cache, job_.seq * p_.seq_stride + key * p_.dim); }
+  const void* key_at(int64_t key) const { return element<kDType>(p_.cache, job_.seq * p_.seq_stride + key * p_.row); }
+  // of an int8 cache
+  const float* scale_at(int64_t key) const { return p_.scales + job_.seq * p_.scale_stride + key; }
   // one past the last key that row r of the job may see
   int64_t high_of(int64_t r) const { return job_.slot + (job_.row_begin + r) / p_.heads + 1; }
 

@@ -162,14 +162,15 @@ void attention_part(const Given& g, Shared& shared, const Team& team) {
   combine(g, shared, scratch, team);
 }
 
-void latent_attention(TensorView query, TensorView cache, TensorView seq, TensorView slot,
-                      tvm::ffi::Optional<TensorView> start, double scale, TensorView out) {
-  const CacheShape shape = latent_cache_shape(cache);
+void latent_attention(TensorView query, TensorView cache, tvm::ffi::Optional<TensorView> latent_scale, TensorView seq,
+                      TensorView slot, tvm::ffi::Optional<TensorView> start, double scale, TensorView out) {
+  check_shape("out", out, {-1, -1, -1});
+  const CacheShape shape = latent_cache_shape(cache, latent_scale, latent_rope(cache, out.size(2)));
   Given g{};
   check_cpu("query", query), check_cpu("out", out);
   check_shape("query", query, {-1, -1, shape.dim});
   check_contiguous("query", query);
-  check_same_dtype("query", query, "cache", shape.dtype);
+  check_query("query", query, shape, "cache");
   g.tokens = query.size(0);
   LatentParams& p = g.params;
   p.heads = query.size(1), p.dim = shape.dim;
@@ -177,8 +178,8 @@ void latent_attention(TensorView query, TensorView cache, TensorView seq, Tensor
   check_contiguous("out", out);
   p.rank = out.size(2);
   if (p.heads < 1) TVM_FFI_THROW(ValueError) << "query: expected at least one head";
-  if (p.rank < 1 || p.rank > p.dim) TVM_FFI_THROW(ValueError) << "rank: expected 1 to " << p.dim << ", got " << p.rank;
   p.query = query.data_ptr(), p.cache = cache.data_ptr(), p.out = static_cast<float*>(out.data_ptr());
+  p.row = cache.size(2), p.scales = shape.k_scale, p.scale_stride = shape.capacity;
   p.seq_stride = shape.seq_stride, p.scale = static_cast<float>(scale);
   g.rows = {nullptr, check_i32("seq", seq, g.tokens), check_i32("slot", slot, g.tokens)};
   g.dtype = static_cast<int>(shape.dtype);

@@ -19,13 +19,16 @@ struct LatentCacheParams {
   const int32_t *position, *seq;  // [T]; rope's position, and the sequence a token belongs to
   const int32_t* slot;            // [T]; place in the cache
   void* query;                    // [T, heads, query_dim], its last `rope` values are written here
-  void* cache;                    // [sequences, capacity, rank + rope]
-  int64_t seq_stride;             // elements of the cache
+  void* cache;                    // [sequences, capacity, row], see latent_rows.h
+  int64_t row, seq_stride;        // elements of the cache
+  float* scales;                  // [sequences, scale_stride], of an int8 cache
+  int64_t scale_stride;
   int64_t tokens, heads, nope, rope, rank;
   bool absorbed;     // query_dim is rank + rope, and somebody else writes the latent part; else nope + rope
   bool interleaved;  // pairs (2i, 2i + 1) rather than (i, i + rope / 2)
-  int dtype;         // of query and cache
+  int dtype;         // of the cache, and of the query but for int8: then bfloat16
 
+  int query_dtype() const { return dtype == 3 ? 1 : dtype; }
   int64_t query_dim() const { return (absorbed ? rank : nope) + rope; }
 };
 

@@ -34,22 +34,21 @@ void add_tokens(LatentCacheParams& p, const TensorView& q, const TensorView& kv_
 HeadsLinear absorb(const LatentCacheParams& p, const TensorView& w_uk, int64_t group) {
   const LinearWeight w = heads_weight("w_uk", w_uk, p.heads, p.rank, p.nope, group);
   const TokenSource x{p.q, static_cast<int>(DType::kF32), p.q_stride, p.nope};
-  const Output y{p.query, p.heads * p.query_dim(), p.dtype, nullptr};
+  const Output y{p.query, p.heads * p.query_dim(), p.query_dtype(), nullptr};
   return heads_linear(w, x, p.nope + p.rope, y, p.query_dim(), p.heads, p.tokens);
 }
 
 void latent_cache(TensorView q, TensorView kv_a, TensorView norm, double eps, TensorView cos, TensorView sin,
                   TensorView position, TensorView seq, TensorView slot, bool interleaved, Optional<TensorView> w_uk,
-                  int64_t group, TensorView cache, TensorView query) {
-  const CacheShape shape = latent_cache_shape(cache);
+                  int64_t group, TensorView cache, Optional<TensorView> latent_scale, TensorView query) {
   LatentCacheParams p{};
   add_rope(p, cos, sin);
+  const CacheShape shape = latent_cache_shape(cache, latent_scale, p.rope);
   p.rank = shape.dim - p.rope;
-  if (p.rank < 1) TVM_FFI_THROW(ValueError) << "cache: expected more than " << p.rope << " columns, got " << shape.dim;
   check_cpu("query", query);
   check_shape("query", query, {-1, -1, -1});
   check_contiguous("query", query);
-  check_same_dtype("query", query, "cache", shape.dtype);
+  check_query("query", query, shape, "cache");
   p.tokens = query.size(0), p.heads = query.size(1);
   add_tokens(p, q, kv_a, norm);
   p.absorbed = w_uk.has_value(), p.interleaved = interleaved, p.eps = static_cast<float>(eps);
@@ -57,6 +56,7 @@ void latent_cache(TensorView q, TensorView kv_a, TensorView norm, double eps, Te
   p.position = check_i32("position", position, p.tokens);
   p.seq = check_i32("seq", seq, p.tokens), p.slot = check_i32("slot", slot, p.tokens);
   p.query = query.data_ptr(), p.cache = cache.data_ptr();
+  p.row = cache.size(2), p.scales = shape.k_scale, p.scale_stride = shape.capacity;
   p.seq_stride = shape.seq_stride, p.dtype = static_cast<int>(shape.dtype);
   check_rows({p.position, p.seq, p.slot}, p.tokens, cos.size(0), shape);
   HeadsLinear jobs;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmopt.ops.int4_linear.reference import quantize_tokens
+from llmopt.ops.latent_cache.rows import latent_codes
 from llmopt.ops.latent_cache.weights import dense_weight, group_for
 
 
@@ -27,18 +28,22 @@ def heads_linear(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> to
 def write_latents(
     kv_a: torch.Tensor, norm: torch.Tensor, *, eps: float, cos: torch.Tensor, sin: torch.Tensor,
     position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool, cache: torch.Tensor,
+    latent_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """What :func:`llmopt.ops.latent_cache.latent_cache` writes into cache."""
     latent, rope = kv_a.tensor_split([norm.shape[0]], dim=1)
     latent = latent * torch.rsqrt(latent.square().mean(1, keepdim=True) + eps) * norm
     rope = rotate(rope, cos[position.long()], sin[position.long()], interleaved=interleaved)
-    cache[seq.long(), slot.long()] = torch.cat([latent, rope], dim=1).to(cache.dtype)
+    rows = torch.cat([latent, rope], dim=1).to(cache.dtype) if latent_scale is None else None
+    if latent_scale is not None:
+        rows, latent_scale[seq.long(), slot.long()] = latent_codes(latent, rope)
+    cache[seq.long(), slot.long()] = rows
 
 
 def latent_cache(
     q: torch.Tensor, kv_a: torch.Tensor, norm: torch.Tensor, *, eps: float, cos: torch.Tensor, sin: torch.Tensor,
     position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool, heads: int,
-    w_uk: torch.Tensor | None, cache: torch.Tensor,
+    w_uk: torch.Tensor | None, cache: torch.Tensor, latent_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Arguments and result as of :func:`llmopt.ops.latent_cache.latent_cache`; the cache stays as it is."""
     per_head = q.reshape(q.shape[0], heads, q.shape[1] // heads)
@@ -47,4 +52,4 @@ def latent_cache(
     rotated = rotate(rotated, cos[position.long()], sin[position.long()], interleaved=interleaved)
     if w_uk is not None:
         nope = heads_linear(nope, w_uk, norm.shape[0])
-    return torch.cat([nope, rotated], dim=2).to(cache.dtype)
+    return torch.cat([nope, rotated], dim=2).to(cache.dtype if latent_scale is None else torch.bfloat16)
