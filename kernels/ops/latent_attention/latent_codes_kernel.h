@@ -13,7 +13,6 @@
 namespace llmopt::avx512 {
 
 constexpr int64_t kStretch = 128;
-constexpr int64_t kCodesAhead = 4;  // lines asked for at a time
 
 // Offsets in the scratch, bytes.
 struct CodesLayout {
@@ -41,6 +40,24 @@ struct CodesLayout {
 inline void dot_bytes(__m512i& acc, __m512i a, __m512i b) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
+// of four vectors: lane 4 * q + i is the sum of x[i]'s q-th quarter
+inline __m512i sum_quarters(const __m512i* x) {
+  const auto pairs = [](__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i a = pairs(x[0], x[1]), b = pairs(x[2], x[3]);
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+inline F32x16 sum_quarters(const F32x16* x) {
+  const auto pairs = [](__m512 a, __m512 b) {
+    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  };
+  const __m512d a = pairs(x[0].v, x[1].v), b = pairs(x[2].v, x[3].v);
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))};
+}
+inline __m512i load_sixteen(const void* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
 inline __m512i load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 
 class LatentCodes : LatentRows<3> {
@@ -51,7 +68,7 @@ class LatentCodes : LatentRows<3> {
     scores_ = at<float>(layout_.scores), acc_ = at<float>(layout_.acc), max_ = at<float>(layout_.stats);
     sum_ = max_ + all, query_scale_ = sum_ + all, offset_ = reinterpret_cast<int32_t*>(query_scale_ + all);
     keep_ = query_scale_ + 2 * all, unit_ = keep_ + kLanes, key_scale_ = unit_ + kLanes;
-    query_ = at<int8_t>(layout_.query), query_rope_ = at<uint16_t>(layout_.query_rope);
+    query_ = at<int8_t>(layout_.query), query_rope_ = at<int8_t>(layout_.query_rope);
     weights_ = at<uint8_t>(layout_.weights), packed_ = at<int8_t>(layout_.packed);
   }
 
@@ -59,7 +76,7 @@ class LatentCodes : LatentRows<3> {
     const int64_t last = std::min(job_.key_end, high_of(rows_ - 1));
     // the first stretch at once: the products would wait for every few lines
     const void* second = key_at(std::min(last, job_.key_begin + kStretch));
-    for (next_ = static_cast<const char*>(job_.follows ? second : key_at(job_.key_begin)); next_ < second;) ask();
+    for (next_ = static_cast<const char*>(job_.follows ? second : key_at(job_.key_begin)); next_ < second;) ask(1);
     for (int64_t g = 0; g < layout_.groups; ++g) start(g);
     for (int64_t key = job_.key_begin; key < last; key += kStretch)
       for (int64_t g = 0; g < layout_.groups; ++g) attend(g, key, std::min(kStretch, last - key));
@@ -88,39 +105,44 @@ class LatentCodes : LatentRows<3> {
     for (int64_t r = first; r < first + kLanes; ++r, in += p_.dim) start_row(r, r < rows_ ? in : nullptr);
   }
 
-  // One query, or zeros: codes, and the rotary part in units of their scale. Keys go into the products as code + 128, and what
-  // that adds is the same for all of them.
+  // One query, or zeros: codes, and the rotary part in units of their scale. Sixteen bytes of four rows, four apart, make a
+  // vector, so that a sum over a quarter of it is of one row. Keys go into the products as code + 128, and what that adds is the
+  // same for all of them.
   void start_row(int64_t r, const uint16_t* in) {
-    int8_t* codes = query_ + r * layout_.depth;
-    uint16_t* rope = query_rope_ + r * layout_.rope;
-    std::memset(codes, 0, static_cast<size_t>(layout_.depth));
-    std::memset(rope, 0, static_cast<size_t>(layout_.rope) * 2);
+    const int64_t group = r / kLanes * kLanes, place = r % 4 * 64 + r % kLanes / 4 * 16;
+    int8_t* codes = query_ + group * layout_.depth + place;
+    int8_t* rope = query_rope_ + group * layout_.rope * 2 + place;
     query_scale_[r] = 1.0f, offset_[r] = 0;
-    if (!in) return;
-    const auto lanes = [](int64_t left) { return static_cast<int>(std::min<int64_t>(16, left)); };
+    const auto load_n_of = [&](int64_t d, int64_t end) {
+      return d < end && in ? load_bf16_n(in + d, static_cast<int>(std::min<int64_t>(16, end - d))) : zero_f32();
+    };
     I32x16 bits = zero_i32(), sum = zero_i32();
-    for (int64_t d = 0; d < p_.rank; d += 16) bits = max(bits, abs_bits(load_bf16_n(in + d, lanes(p_.rank - d))));
+    for (int64_t d = 0; d < p_.rank; d += 16) bits = max(bits, abs_bits(load_n_of(d, p_.rank)));
     const int32_t top_bits = reduce_max(bits);
     float top;
     std::memcpy(&top, &top_bits, 4);
     if (!(top < 1e-30f)) query_scale_[r] = top / 127.0f + (top - top);  // NaN of infinity
     const F32x16 inverse = set1(1.0f / query_scale_[r]);
-    for (int64_t d = 0; d < p_.rank; d += 16)
-      sum = add(sum, store_s8(codes + d, mul(load_bf16_n(in + d, lanes(p_.rank - d)), inverse)));
-    for (int64_t d = p_.rank; d < p_.dim; d += 16)
-      store_bf16_n(rope + d - p_.rank, mul(load_bf16_n(in + d, lanes(p_.dim - d)), inverse), lanes(p_.dim - d));
+    for (int64_t d = 0; d < layout_.depth; d += 16)
+      sum = add(sum, store_s8(codes + d * kLanes, mul(load_n_of(d, p_.rank), inverse)));
+    for (int64_t d = 0; d < layout_.rope; d += 16) {
+      uint16_t pair[16];
+      store_bf16_n(pair, mul(load_n_of(p_.rank + d, p_.dim), inverse), 16);
+      std::memcpy(rope + d * 2 * kLanes, pair, 16), std::memcpy(rope + d * 2 * kLanes + 256, pair + 8, 16);
+    }
     offset_[r] = static_cast<int32_t>(-128u * static_cast<uint32_t>(reduce_add(sum)));
   }
 
   void attend(int64_t g, int64_t key, int64_t n) {
     const int64_t first = g * kLanes, padded = (n + 31) / 32 * 32;
     if (g == 0) find(key, n, padded);
-    for (int64_t k = 0; k < padded; k += 4)
-      for (int64_t r = 0; r < kLanes; r += 4) score(g == 0, first + r, k, scores_ + k * kLanes + r);
+    for (int64_t k = 0; k < padded; k += 4) {
+      score(g == 0, first, k);
+      if (g == 0) pack(k);
+    }
     if (n < padded || high_of(first) < key + n) mask(first, key, n, padded);
     soften(first, padded);
     put_weights(padded);
-    if (g == 0) pack(padded);
     for (int64_t d = 0; d < layout_.depth; d += 64)
       for (int64_t r = 0; r < kLanes; r += 4) add_values(g == 0, key == job_.key_begin, first + r, r, d, padded);
   }
@@ -150,49 +172,47 @@ class LatentCodes : LatentRows<3> {
     codes_ = codes, stride_ = layout_.depth, rope_ = rope, rope_stride_ = rope_bytes;
   }
 
-  void ask() {
-    for (int64_t i = 0; i < kCodesAhead; ++i) __builtin_prefetch(next_ + 64 * i, 0, 2);
-    next_ += 64 * kCodesAhead;
+  void ask(int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
   }
 
-  // out[key][row] of four keys and four rows, lanes for dimensions
-  [[gnu::always_inline]] void score(bool asks, int64_t row, int64_t key, float* out) {
-    const int8_t *x = query_ + row * layout_.depth, *y = codes_ + key * stride_;
+  // scores_[key][row] of four keys and the rows of a group
+  [[gnu::always_inline]] void score(bool asks, int64_t first, int64_t key) {
+    const int8_t *x = query_ + first * layout_.depth, *y = codes_ + key * stride_;
     const __m512i flip = _mm512_set1_epi8(-128);
     __m512i dots[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) dots[i] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(offset_[row + i % 4]));
-    for (int64_t d = 0; d < layout_.depth; d += 64) {
-      if (asks && d % 256 == 0) ask();
-      __m512i q[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) q[i] = load_bytes(x + i * layout_.depth + d);
+    for (int i = 0; i < 16; ++i) dots[i] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < layout_.depth; d += 16, x += 256) {
+      if (asks) ask(1);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const __m512i k = _mm512_xor_si512(load_bytes(y + j * stride_ + d), flip);
+        const __m512i k = _mm512_xor_si512(load_sixteen(y + j * stride_ + d), flip);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) dot_bytes(dots[4 * j + i], k, q[i]);
+        for (int i = 0; i < 4; ++i) dot_bytes(dots[4 * j + i], k, load_bytes(x + 64 * i));
       }
     }
     F32x16 sum[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sum[i] = mul(to_f32({dots[i]}), set1(key_scale_[key + i / 4]));
-    const uint16_t* u = query_rope_ + row * layout_.rope;
-    const int8_t* v = rope_ + key * rope_stride_;
-    for (int64_t d = 0; d < layout_.rope; d += 32) {
-      F32x16 q[4];
+    float* out = scores_ + key * kLanes;
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) q[i] = load_bits<1>(u + i * layout_.rope, d);
+    for (int j = 0; j < 4; ++j) {
+      const __m512i all = _mm512_add_epi32(sum_quarters(dots + 4 * j), load_bytes(offset_ + first));
+      store(out + j * kLanes, mul(to_f32({all}), set1(key_scale_[key + j])));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sum[i] = zero_f32();
+    x = query_rope_ + first * layout_.rope * 2, y = rope_ + key * rope_stride_;
+    for (int64_t d = 0; d < layout_.rope * 2; d += 16, x += 256) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const F32x16 k = load_bits<1>(v + j * rope_stride_, d);
+        const F32x16 k = {_mm512_castsi512_ps(load_sixteen(y + j * rope_stride_ + d))};
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sum[4 * j + i] = dot_bf16(sum[4 * j + i], q[i], k);
+        for (int i = 0; i < 4; ++i)
+          sum[4 * j + i] = dot_bf16(sum[4 * j + i], k, {_mm512_castsi512_ps(load_bytes(x + 64 * i))});
       }
     }
-    float each[16];
-    store(each, sum_each(sum));
-    for (int64_t j = 0; j < 4; ++j) std::memcpy(out + j * kLanes, each + 4 * j, 4 * sizeof(float));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(out + j * kLanes, add(load(out + j * kLanes), sum_quarters(sum + 4 * j)));
   }
 
   void mask(int64_t first, int64_t key, int64_t n, int64_t padded) {
@@ -242,20 +262,18 @@ class LatentCodes : LatentRows<3> {
 
   // Keys in fours, a byte of each in a lane: packed[dimension / 64][key / 4][4][16 lanes][4]. Of 64 dimensions the vectors have
   // those that write() expects.
-  [[gnu::noinline]] void pack(int64_t n) {
-    for (int64_t j = 0; j < n; j += 4) {
-      const int8_t* in = codes_ + j * stride_;
-      int8_t* out = packed_ + j * 64;
-      for (int64_t d = 0; d < layout_.depth; d += 64, out += 64 * kStretch) {
-        const __m512i a = load_bytes(in + d), b = load_bytes(in + stride_ + d);
-        const __m512i c = load_bytes(in + 2 * stride_ + d), e = load_bytes(in + 3 * stride_ + d);
-        const __m512i ab = _mm512_unpacklo_epi8(a, b), AB = _mm512_unpackhi_epi8(a, b);
-        const __m512i ce = _mm512_unpacklo_epi8(c, e), CE = _mm512_unpackhi_epi8(c, e);
-        _mm512_storeu_si512(out, _mm512_unpacklo_epi16(ab, ce));
-        _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi16(ab, ce));
-        _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi16(AB, CE));
-        _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(AB, CE));
-      }
+  [[gnu::always_inline]] void pack(int64_t key) {
+    const int8_t* in = codes_ + key * stride_;
+    int8_t* out = packed_ + key * 64;
+    for (int64_t d = 0; d < layout_.depth; d += 64, out += 64 * kStretch) {
+      const __m512i a = load_bytes(in + d), b = load_bytes(in + stride_ + d);
+      const __m512i c = load_bytes(in + 2 * stride_ + d), e = load_bytes(in + 3 * stride_ + d);
+      const __m512i ab = _mm512_unpacklo_epi8(a, b), AB = _mm512_unpackhi_epi8(a, b);
+      const __m512i ce = _mm512_unpacklo_epi8(c, e), CE = _mm512_unpackhi_epi8(c, e);
+      _mm512_storeu_si512(out, _mm512_unpacklo_epi16(ab, ce));
+      _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi16(ab, ce));
+      _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi16(AB, CE));
+      _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(AB, CE));
     }
   }
 
@@ -265,7 +283,7 @@ class LatentCodes : LatentRows<3> {
     __m512i dots[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) dots[i] = _mm512_setzero_si512();
-    if (asks) ask(), ask();
+    if (asks) ask(8);
     for (int64_t j = 0; j < n; j += 4, in += 256) {
       __m512i x[4];
 #pragma GCC unroll 4
@@ -311,8 +329,7 @@ class LatentCodes : LatentRows<3> {
   char* const base_;
   float *scores_, *acc_, *max_, *sum_, *query_scale_, *keep_, *unit_, *key_scale_;
   int32_t* offset_;
-  int8_t* query_;
-  uint16_t* query_rope_;
+  int8_t *query_, *query_rope_;
   uint8_t* weights_;
   int8_t* packed_;
   // keys of the stretch at hand

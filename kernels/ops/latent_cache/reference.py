@@ -34,10 +34,11 @@ def write_latents(
     latent, rope = kv_a.tensor_split([norm.shape[0]], dim=1)
     latent = latent * torch.rsqrt(latent.square().mean(1, keepdim=True) + eps) * norm
     rope = rotate(rope, cos[position.long()], sin[position.long()], interleaved=interleaved)
-    rows = torch.cat([latent, rope], dim=1).to(cache.dtype) if latent_scale is None else None
-    if latent_scale is not None:
-        rows, latent_scale[seq.long(), slot.long()] = latent_codes(latent, rope)
-    cache[seq.long(), slot.long()] = rows
+    if latent_scale is None:
+        cache[seq.long(), slot.long()] = torch.cat([latent, rope], dim=1).to(cache.dtype)
+        return
+    rows, scales = latent_codes(latent, rope)
+    cache[seq.long(), slot.long()], latent_scale[seq.long(), slot.long()] = rows, scales
 
 
 def latent_cache(
