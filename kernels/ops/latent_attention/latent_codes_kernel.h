@@ -184,7 +184,10 @@ class LatentCodes : LatentRows<3> {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) dots[i] = _mm512_setzero_si512();
     for (int64_t d = 0; d < layout_.depth; d += 16, x += 256) {
-      if (asks) ask(1);
+      if (asks) {
+        ask(1);
+        __builtin_prefetch(y + 4 * (stride_ + d), 0, 3);  // of the next four keys, which are in L2 by now
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const __m512i k = _mm512_xor_si512(load_sixteen(y + j * stride_ + d), flip);
