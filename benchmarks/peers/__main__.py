@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import contenders, jobs, tables
+from benchmarks.peers import contenders, jobs, model_files, tables
 from benchmarks.peers.contenders import FIELD, OURS, Setup, Timed
 from benchmarks.peers.record import Record, Row
 from benchmarks.peers.rounds import Outcome, Plan, Rounds
 from benchmarks.peers.worker import ContenderError
 from llmopt.measure import environment
 from llmopt.measure.ceilings import CeilingMeter, usable_meter
+from llmopt.models import published
 from llmopt.models.published import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=[*SHAPES, contenders.SMALL])
+    shapes = f"{', '.join(SHAPES)}, or NAME@LAYERS: its first so many"
+    parser.add_argument("--shape", default="qwen3-0.6b", help=shapes)
     parser.add_argument("--peers", default="all", help=f"comma-separated, of {', '.join(FIELD)}; llmopt always runs")
     parser.add_argument("--isa", default="", help="of ours: portable, avx2, avx512 or amx")
     parser.add_argument("--rounds", type=int, default=5)
@@ -47,7 +49,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--passes", default="", help="of ours, comma-separated; default: all")
     parser.add_argument("--kv-dtype", default="", help="of our cache: bf16, fp16, fp32 or int8; default: the model's")
     parser.add_argument("--cap-s", type=float, default=60.0, help="a request that takes longer is skipped")
-    parser.add_argument("--one-at-a-time", action="store_true", help="one model in memory at a time; default for MoE")
+    parser.add_argument(
+        "--one-at-a-time", action=argparse.BooleanOptionalAction, help="one model in memory at a time; default for MoE"
+    )
     parser.add_argument("--ik-bench", type=Path, help="llama-bench of an ik_llama.cpp that you have built")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "peers", help="environments and model files")
     parser.add_argument("--lock", type=Path, help="a file locked while something is timed, for shared machines")
@@ -58,6 +62,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.names if name not in FIELD]
     if unknown:
         parser.error(f"--peers: expected some of {', '.join(FIELD)}, got {unknown[0]!r}")
+    try:
+        args.shape == contenders.SMALL or published.find(args.shape)
+    except KeyError:
+        parser.error(f"--shape: expected {contenders.SMALL} or {shapes}; got {args.shape!r}")
     if args.rounds < 1 or args.threads < 1 or args.tokens < 1:
         parser.error("--rounds, --threads, --tokens: expected 1 or more")
     try:
@@ -82,8 +90,8 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     args.names = list(dict.fromkeys([OURS, *args.names]))
     field, refused = make_field(args.names, setup)
-    is_large = args.shape != contenders.SMALL and "moe_intermediate_size" in SHAPES[args.shape].config
-    args.one_at_a_time = args.one_at_a_time or is_large
+    if args.one_at_a_time is None:
+        args.one_at_a_time = args.shape != contenders.SMALL and model_files.is_moe(args.shape)
     plan = Plan(args.jobs, args.rounds, args.cap_s, args.one_at_a_time, args.lock)
     ran = command(sys.argv[1:] if words is None else words)
     meter = ceiling_meter(args.threads)

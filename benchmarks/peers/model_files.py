@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.peers.worker import ContenderError
-from llmopt.models.published import SHAPES
+from llmopt.models.published import find
 
 ROOT = Path(__file__).resolve().parents[2]
 _MAKE_GGUF = "benchmarks.peers.workers.make_gguf"
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def is_moe(shape: str) -> bool:
-    return "moe_intermediate_size" in SHAPES[shape].config
+    return "moe_intermediate_size" in find(shape).config
 
 
 def gguf_file(shape: str, kind: str, folder: Path, python: Path, threads: int, say: Say) -> Path:
@@ -54,7 +54,7 @@ def gguf_file(shape: str, kind: str, folder: Path, python: Path, threads: int, s
 
 def _write_gguf(shape: str, kind: str, out: Path, python: Path, say: Say) -> Path:
     say(f"{out.name}: writing")
-    published = SHAPES[shape]
+    published = find(shape)
     described = out.with_suffix(".json")
     described.parent.mkdir(parents=True, exist_ok=True)
     described.write_text(json.dumps({"model_type": published.model_type, "config": dict(published.config)}))
@@ -94,7 +94,7 @@ def checkpoint(shape: str, folder: Path, say: Say) -> Path:
     shapes.build(shape).save_pretrained(half)
     described = json.loads((half / "config.json").read_text(encoding="utf-8"))
     # transformers 4 reads the base from the top level, transformers 5 from rope_parameters
-    described["rope_theta"] = SHAPES[shape].config["rope_theta"]
+    described["rope_theta"] = find(shape).config["rope_theta"]
     (half / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     half.replace(out)
     return out

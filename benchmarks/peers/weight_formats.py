@@ -22,7 +22,7 @@ from benchmarks.peers.record import Record, bits_per_weight
 from benchmarks.peers.worker import ContenderError
 from llmopt.measure import environment
 from llmopt.measure import format as fmt
-from llmopt.models.published import SHAPES
+from llmopt.models.published import SHAPES, find
 
 BEGIN, END = "<!-- formats: begin (written by benchmarks/peers/weight_formats.py) -->", "<!-- formats: end -->"
 # stock runs eager's weights, ik_llama.cpp llama.cpp's file
@@ -71,7 +71,7 @@ def table(found: Mapping[str, Rows], shape: str) -> str:
     for name, rows in found.items():
         parts = [_part(rows, "linear", "experts"), _part(rows, "head"), _part(rows, "embedding") or "the head's"]
         stored = fmt.size(sum(row["bytes"] for row in rows))
-        read = fmt.size(bytes_per_token(rows, SHAPES[shape].config))
+        read = fmt.size(bytes_per_token(rows, find(shape).config))
         lines.append(f"| {FIELD[name].label} | {' | '.join(parts)} | {stored} | {read} |")
     return "\n".join(lines)
 

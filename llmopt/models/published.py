@@ -7,7 +7,7 @@ training, are left out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -257,3 +257,21 @@ SHAPES: Mapping[str, Shape] = {
         },
     ),
 }
+
+
+def find(name: str) -> Shape:
+    """A published shape, or of ``NAME@LAYERS`` its first so many layers, for what does not fit into memory whole.
+
+    Raises:
+        KeyError: no such shape, or it does not have so many layers.
+    """
+    base, _, layers = name.partition("@")
+    shape = SHAPES[base]
+    if base == name:
+        return shape
+    if not layers.isdecimal() or not 1 <= int(layers) <= shape.config["num_hidden_layers"]:
+        raise KeyError(name)
+    fewer = {"num_hidden_layers": int(layers)}
+    if "moe_layer_end_index" in shape.config:
+        fewer["moe_layer_end_index"] = int(layers) - 1
+    return replace(shape, config={**shape.config, **fewer})

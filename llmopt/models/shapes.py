@@ -21,7 +21,7 @@ from torch import nn
 from llmopt.errors import InputError
 from llmopt.models import family_for
 from llmopt.models.base import FLOAT_DTYPES, ModelFamily
-from llmopt.models.published import SHAPES, Shape
+from llmopt.models.published import SHAPES, Shape, find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -42,18 +42,20 @@ _BLOCK_NUMEL = 2**22 - 3
 
 
 def config_for(name: str) -> PreTrainedConfig:
-    """The published config of a shape.
+    """The published config of a shape; of ``NAME@LAYERS`` with fewer layers.
 
     Raises:
         InputError: no such shape; lists them and the nearest.
     """
     from transformers import AutoConfig
 
-    if name not in SHAPES:
+    try:
+        shape = find(name)
+    except KeyError:
         near = difflib.get_close_matches(name, SHAPES, n=1)
         hint = f"; nearest: {near[0]}" if near else ""
-        raise InputError(f"shape: expected one of {', '.join(SHAPES)}, got {name!r}{hint}")
-    shape = SHAPES[name]
+        expected = f"one of {', '.join(SHAPES)}, or NAME@LAYERS with fewer layers"
+        raise InputError(f"shape: expected {expected}, got {name!r}{hint}") from None
     return AutoConfig.for_model(shape.model_type, **copy.deepcopy(dict(shape.config)), dtype="bfloat16")
 
 

@@ -121,6 +121,15 @@ def test_fewer_layers_keep_the_leading_layout(name: str, count: int, moe: list[b
     assert model.config.num_hidden_layers == count
     assert config.num_hidden_layers > count
     assert layer_bytes(model.config) == layer_bytes(config)[:count]
+    cut = config_for(f"{name}@{count}")
+    assert cut.num_hidden_layers == count
+    assert layer_bytes(cut) == layer_bytes(model.config)
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b@0", "qwen3-0.6b@29", "qwen3-0.6b@", "qwen3-0.6b@x", "qwen4@2", "@2"])
+def test_a_shape_that_cannot_be_cut_so_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="NAME@LAYERS"):
+        config_for(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
