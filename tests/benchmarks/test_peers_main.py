@@ -17,7 +17,15 @@ from benchmarks.peers.worker import ContenderError
 
 
 @pytest.mark.parametrize(
-    "words", [["--shape", "qwen4"], ["--shape", "qwen3-0.6b@99"], ["--peers", "vllm"], ["--cells", "x"], ["--rounds", "0"], ["--threads", "0"]]
+    "words",
+    [
+        ["--shape", "qwen4"],
+        ["--shape", "qwen3-0.6b@99"],
+        ["--peers", "vllm"],
+        ["--cells", "x"],
+        ["--rounds", "0"],
+        ["--threads", "0"],
+    ],
 )
 def test_bad_arguments_are_refused_before_any_work(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
