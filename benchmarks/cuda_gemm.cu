@@ -1,10 +1,10 @@
 // int4 times a few rows on an NVIDIA GPU in CUDA C++: weights in the order in which mma.m16n8k16 takes its operand.
 // Not yet an op: benchmarks/cuda_gemm.py builds, checks and times it, docs/decisions/0011 says what for.
 //
-// y[n, m] = sum over k of x[n, k] * w[m, k]: weights are the operand A, sixteen of their rows a tile, and eight tokens are the
-// columns of B. A lane's word holds its eight codes of a 16 x 16 tile, so a 16-byte load is 16 x 64 weights of a warp (the
-// layout idea is MARLIN's, Frantar et al. 2024, arXiv 2408.11743). Which k a column of A is does not matter as long as B agrees:
-// lane t of four has the sixteen inputs from 16 * t of every 64, for all four tiles.
+// y[n, m] = sum over k of x[n, k] * w[m, k]: weights are the operand A, sixteen of their rows a tile, and eight tokens
+// are the columns of B. A lane's word holds its eight codes of a 16 x 16 tile, so a 16-byte load is 16 x 64 weights of a
+// warp (the layout idea is MARLIN's, Frantar et al. 2024, arXiv 2408.11743). Which k a column of A is does not matter as
+// long as B agrees: lane t of four has the sixteen inputs from 16 * t of every 64, for all four tiles.
 #include <cooperative_groups.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -64,16 +64,44 @@ struct Shape {
   int m, k;
 };
 
-// kTiles sixteens of weight rows and 8 * kCols tokens a block; inputs of a warp are one group of 128 in kWarps * kSplit, kAhead of
-// them in flight. kSplit blocks, a cluster, share the inputs of the same rows. More rows a block mean fewer reads of x, which
-// come from the L2: 4 * tokens / rows bytes for every byte of the weights.
-// `w`: [M / 16][K / 64][32 lanes] uint4. `scale`: [K / 128][M] half. `x`: [K / 64][kCols][2][32 lanes] uint4, likewise. `y`:
-// [8 * kCols][M] half.
+// A block's sums, [warp][tile][eight tokens][lane] in shared memory, added up over its warps, then over the cluster; into y.
+template <int kTiles, int kCols, int kWarps, int kSplit>
+__device__ __forceinline__ void add_up(const float (&sum)[kTiles][kCols][4], int row, __half* y, int m) {
+  constexpr int kStep = kWarps * kSplit, kSums = kTiles * kCols * 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = blockIdx.x % kSplit;
+  extern __shared__ float4 shared[];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int c = 0; c < kCols; ++c)
+      shared[warp * kSums + (i * kCols + c) * 32 + lane] =
+          make_float4(sum[i][c][0], sum[i][c][1], sum[i][c][2], sum[i][c][3]);
+  __syncthreads();
+  for (int j = threadIdx.x; j < kSums; j += 32 * kWarps)
+    for (int v = 1; v < kWarps; ++v) add(shared[j], shared[v * kSums + j]);
+  if (kSplit > 1) cooperative_groups::this_cluster().sync();
+  for (int j = part * 32 * kWarps + threadIdx.x; j < kSums; j += 32 * kStep) {
+    float4 all = make_float4(0, 0, 0, 0);
+    for (int v = 0; v < kSplit; ++v)
+      add(all, kSplit > 1 ? *cooperative_groups::this_cluster().map_shared_rank(shared + j, v) : shared[j]);
+    const int tile = j / (kCols * 32), column = j / 32 % kCols, of = j % 32;
+    __half* out = y + static_cast<int64_t>(8 * column + of % 4 * 2) * m + row + 16 * tile + of / 4;
+    out[0] = __float2half(all.x), out[m] = __float2half(all.y);
+    out[8] = __float2half(all.z), out[m + 8] = __float2half(all.w);
+  }
+  if (kSplit > 1) cooperative_groups::this_cluster().sync();  // others may still read what is here
+}
+
+// kTiles sixteens of weight rows and 8 * kCols tokens a block; inputs of a warp are one group of 128 in kWarps * kSplit,
+// kAhead of them in flight. kSplit blocks, a cluster, share the inputs of the same rows. More rows a block mean fewer
+// reads of x, which come from the L2: 4 * tokens / rows bytes for every byte of the weights.
+// `w`: [M / 16][K / 64][32 lanes] uint4. `scale`: [K / 128][M] half. `x`: [K / 64][kCols][2][32 lanes] uint4, likewise.
+// `y`: [8 * kCols][M] half.
 template <int kTiles, int kCols, int kWarps, int kAhead, int kSplit>
 __global__ void __launch_bounds__(32 * kWarps) gemm(const uint4* __restrict__ w, const __half* __restrict__ scale,
                                                     const uint4* __restrict__ x, __half* __restrict__ y, Shape shape) {
-  constexpr int kStep = kWarps * kSplit, kSums = kTiles * kCols * 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  constexpr int kStep = kWarps * kSplit;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
   const int rows = blockIdx.x / kSplit, part = blockIdx.x % kSplit;
   const int row = rows * 16 * kTiles, chunks = shape.k / 64, groups = shape.k / kGroup;
   const uint4* at = w + static_cast<int64_t>(rows) * kTiles * chunks * 32 + lane;
@@ -130,28 +158,7 @@ __global__ void __launch_bounds__(32 * kWarps) gemm(const uint4* __restrict__ w,
       }
     }
   }
-  // [warp][tile][eight tokens][lane], added up over the warps, then over the cluster
-  extern __shared__ float4 shared[];
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-    for (int c = 0; c < kCols; ++c)
-      shared[warp * kSums + (i * kCols + c) * 32 + lane] =
-          make_float4(sum[i][c][0], sum[i][c][1], sum[i][c][2], sum[i][c][3]);
-  __syncthreads();
-  for (int j = threadIdx.x; j < kSums; j += 32 * kWarps)
-    for (int v = 1; v < kWarps; ++v) add(shared[j], shared[v * kSums + j]);
-  if (kSplit > 1) cooperative_groups::this_cluster().sync();
-  for (int j = part * 32 * kWarps + threadIdx.x; j < kSums; j += 32 * kStep) {
-    float4 all = make_float4(0, 0, 0, 0);
-    for (int v = 0; v < kSplit; ++v)
-      add(all, kSplit > 1 ? *cooperative_groups::this_cluster().map_shared_rank(shared + j, v) : shared[j]);
-    const int tile = j / (kCols * 32), column = j / 32 % kCols, of = j % 32;
-    __half* out = y + static_cast<int64_t>(8 * column + of % 4 * 2) * shape.m + row + 16 * tile + of / 4;
-    out[0] = __float2half(all.x), out[shape.m] = __float2half(all.y);
-    out[8] = __float2half(all.z), out[shape.m + 8] = __float2half(all.w);
-  }
-  if (kSplit > 1) cooperative_groups::this_cluster().sync();  // others may still read what is here
+  add_up<kTiles, kCols, kWarps, kSplit>(sum, row, y, shape.m);
 }
 
 template <int kTiles, int kCols, int kWarps, int kAhead, int kSplit>

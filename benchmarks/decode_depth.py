@@ -33,9 +33,10 @@ class Decoder:
     def __init__(self, engine: Engine, depth: int, tokens: int) -> None:
         self.depth, self.tokens = depth, tokens
         self.cache = engine.new_cache(1, depth + tokens + 1)
-        rows = (part for layer in range(len(self.cache.layers)) for part in self.cache.parts(layer))
-        for part in [*rows, *self.cache.key_scales, *self.cache.value_scales]:
+        for part in (part for layer in range(len(self.cache.layers)) for part in self.cache.parts(layer)):
             part.random_(-127, 128) if part.dtype == torch.int8 else part.uniform_(-0.02, 0.02)
+        for scales in [*self.cache.key_scales, *self.cache.value_scales]:
+            scales.uniform_(1e-4, 2e-4)
         self.cache.length = depth
         self.step = DecodeStep(engine, self.cache, greedy=True)
 
@@ -73,6 +74,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     kinds, depths = args.kv_dtypes.split(","), [int(depth) for depth in args.depths.split(",")]
+    if not set(kinds) <= set(KV_DTYPES):
+        parser.error(f"--kv-dtypes: expected some of {', '.join(KV_DTYPES)}, got {args.kv_dtypes}")
     resolved = resolve_model(build_quantized(args.shape)[0])
     engines = {kind: Engine(resolved, kv_dtype=KV_DTYPES[kind]) for kind in kinds}
     decoders = {(kind, depth): Decoder(engines[kind], depth, args.tokens) for depth in depths for kind in kinds}

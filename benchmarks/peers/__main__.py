@@ -26,6 +26,7 @@ from llmopt.measure import environment
 from llmopt.measure.ceilings import CeilingMeter, usable_meter
 from llmopt.models import published
 from llmopt.models.published import SHAPES
+from llmopt.passes.fuse_kernels import KV_DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 # of this machine alone: they say nothing about the result
@@ -47,7 +48,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=environment.visible_cores())
     parser.add_argument("--passes", default="", help="of ours, comma-separated; default: all")
-    parser.add_argument("--kv-dtype", default="", help="of our cache: bf16, fp16, fp32 or int8; default: the model's")
+    parser.add_argument("--kv-dtype", default="", choices=["", *KV_DTYPES], help="of our cache; default: the model's")
     parser.add_argument("--cap-s", type=float, default=60.0, help="a request that takes longer is skipped")
     parser.add_argument(
         "--one-at-a-time", action=argparse.BooleanOptionalAction, help="one model in memory at a time; default for MoE"
@@ -66,6 +67,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         args.shape == contenders.SMALL or published.find(args.shape)
     except KeyError:
         parser.error(f"--shape: expected {contenders.SMALL} or {shapes}; got {args.shape!r}")
+    if args.kv_dtype and "fuse_kernels" not in (args.passes or "fuse_kernels"):
+        parser.error("--kv-dtype: expected fuse_kernels among --passes")
     if args.rounds < 1 or args.threads < 1 or args.tokens < 1:
         parser.error("--rounds, --threads, --tokens: expected 1 or more")
     try:

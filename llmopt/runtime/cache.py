@@ -95,6 +95,9 @@ class KVCache(Cache):  # type: ignore[misc]
         values: likewise.
         key_scales: ``[S, Hk, C]`` float32 a layer, of an int8 cache; else empty.
         value_scales: likewise, but none of latents.
+
+    Raises:
+        InputError: int8 latents of an odd rank.
     """
 
     def __init__(
@@ -102,6 +105,8 @@ class KVCache(Cache):  # type: ignore[misc]
         dtype: torch.dtype, latent_rank: int | None = None, own_halves: bool = False,
     ) -> None:  # fmt: skip
         if dtype == torch.int8 and latent_rank is not None:
+            if latent_rank % 2:
+                raise InputError.argument("latent_rank", expected="an even number for int8", got=latent_rank)
             head_dims = (2 * head_dims[0] - latent_rank, head_dims[1])
         self.sequences, self.kv_heads, self.head_dims, self.dtype = sequences, kv_heads, head_dims, dtype
         self.latent_rank, self._own_halves, self._in_halves = latent_rank, own_halves, False

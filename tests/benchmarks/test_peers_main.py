@@ -22,6 +22,8 @@ from benchmarks.peers.worker import ContenderError
         ["--shape", "qwen4"],
         ["--shape", "qwen3-0.6b@99"],
         ["--peers", "vllm"],
+        ["--kv-dtype", "int4"],
+        ["--kv-dtype", "int8", "--passes", "quantize_gptq"],
         ["--cells", "x"],
         ["--rounds", "0"],
         ["--threads", "0"],

@@ -88,8 +88,9 @@ def test_half_precision_halves_the_cache(tiny: Any) -> None:
 
 @pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 @pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
-def test_the_cache_counts_in_the_dtype_that_the_fused_model_keeps(kv_dtype: str, tiny: Any) -> None:
-    model = tiny("qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v2", "deepseek_v3"])
+def test_the_cache_counts_in_the_dtype_that_the_fused_model_keeps(family: str, kv_dtype: str, tiny: Any) -> None:
+    model = tiny(family)
     resolved = resolve_model(model)
     own = traffic.kv_bytes(resolved, 10)
     context = PassContext(resolved, resolved.device, lambda event: None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,40 +178,20 @@ def test_inputs_stay_as_they_are(spec: OpSpec, case: Case, isa: str) -> None:
 
 
 GUARDED = """
-import ctypes, mmap, sys
+import sys
+sys.path.insert(0, sys.argv[1])
 import torch
+from fenced import KEEP, fenced
 from llmopt import native
 from llmopt.ops import SPECS
 
 torch.set_num_threads(1)
-PAGE = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-KEEP = []
-
-
-def fenced(x, *, at_end):
-    # between two pages that may not be touched; at_end: the last byte is the last before the fence
-    size = x.numel() * x.element_size()
-    inner = -(-max(size, 1) // PAGE) * PAGE
-    area = mmap.mmap(-1, inner + 2 * PAGE)
-    KEEP.append(area)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    for page in (base, base + PAGE + inner):
-        assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
-    if size == 0:
-        return x
-    start = PAGE + (inner - size if at_end else 0)
-    view = torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
-    view.copy_(x)
-    return view
-
-
 for name, spec in SPECS.items():
     for case in spec.cases:
         if case.real:
             continue
         inputs = spec.make_inputs(case, 0)
-        for isa in sys.argv[1:]:
+        for isa in sys.argv[2:]:
             native.force_isa(isa)
             expected = spec.run(**inputs)
             for at_end in (True, False):
@@ -224,7 +205,8 @@ print("done", flush=True)
 
 def test_nothing_is_read_outside_the_tensors(request: pytest.FixtureRequest) -> None:
     isas = request.config.llmopt_isas  # type: ignore[attr-defined]
-    ran = subprocess.run([sys.executable, "-c", GUARDED, *isas], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", GUARDED, str(Path(__file__).parent), *isas]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = ran.stdout.splitlines() or ["nothing"]
     assert ran.returncode == 0, f"after {lines[-1]}: {ran.stderr[-2000:]}"
     assert lines[-1] == "done"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +22,19 @@ from llmopt.ops.spec import Case, Inputs
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
-# an int8 row holds whole bfloat16
-ATTENTION_CASES = [case for case in ATTENTION.cases if case.params.get("rank", 2) % 2 == 0]
-WRITE_CASES = [case for case in SPEC.cases if not case.real and case.params["rank"] % 2 == 0]
+# ranks and ropes that fill no whole vectors; an int8 row holds whole bfloat16
+TAILS = [(38, 6), (80, 8), (200, 24)]
+ATTENTION_CASES = [
+    *(case for case in ATTENTION.cases if case.params.get("rank", 2) % 2 == 0),
+    *(Case(f"rank_{r}_rope_{p}", {"heads": 5, "rank": r, "rope": p, "runs": [(0, 150, 2)]}) for r, p in TAILS),
+]
+WRITE_CASES = [
+    *(case for case in SPEC.cases if not case.real and case.params["rank"] % 2 == 0),
+    *(
+        Case(f"rank_{r}_rope_{p}", {"heads": 2, "rank": r, "rope": p, "nope": 20, "v": 5, "tokens": 3})
+        for r, p in TAILS
+    ),
+]
 LITE = {"heads": 16, "rank": 512, "rope": 64}
 
 
@@ -29,6 +42,8 @@ LITE = {"heads": 16, "rank": 512, "rope": 64}
 def byte_products(request: pytest.FixtureRequest, isa: str) -> Any:
     """Every instruction set; AVX-512 with the products of bytes and without."""
     library = native.library()
+    if request.param == "on" and isa != "avx512":
+        pytest.skip("it matters for AVX-512 alone")
     try:
         library.force_bf16_dots(request.param)
     except ValueError as error:
@@ -120,6 +135,9 @@ def test_what_is_not_finite_is_seen(bad: float, byte_products: str) -> None:
         changed[change].view(-1)[5] = bad
         got = latent_attention(**changed)
         assert not got[0, 0].isfinite().any()
+    alone = attention_inputs(Case("two_parts", {**LITE, "dtype": torch.bfloat16, "runs": [(0, 64, 1)]}))
+    alone["latent_scale"][0, 64] = bad  # the only key of the second part
+    assert not latent_attention(**alone).isfinite().any()
     zero = {**inputs, "query": torch.zeros_like(inputs["query"])}
     assert off(latent_attention(**zero), attention_reference.latent_attention(**zero)) < 0.012
 
@@ -138,6 +156,44 @@ def test_company_in_the_batch_and_threads_change_no_bit(byte_products: str, thre
     assert torch.equal(whole, torch.cat([attend(0, 1), attend(1, 4), attend(4, 5)]))
     threads(1)
     assert torch.equal(whole, attend(0, 5))
+
+
+FENCED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from fenced import KEEP, fenced
+from llmopt import native
+from llmopt.ops.latent_attention import latent_attention
+from llmopt.ops.latent_cache import latent_codes
+
+torch.set_num_threads(1)
+for rank, rope in ((64, 32), (128, 64), (40, 6)):
+    for keys in (1, 31, 33, 128, 129):
+        g = torch.Generator().manual_seed(keys)
+        cache, scale = latent_codes(*torch.randn(1, keys, rank + rope, generator=g).tensor_split([rank], dim=-1))
+        query = torch.randn(1, 5, rank + rope, generator=g).bfloat16()
+        tensors = {"query": query, "cache": cache, "latent_scale": scale}
+        rest = {"seq": torch.zeros(1).int(), "slot": torch.tensor([keys - 1]).int(), "scale": 0.1, "rank": rank}
+        for isa in sys.argv[2:]:
+            native.force_isa(isa)
+            expected = latent_attention(**tensors, **rest)
+            for at_end in (True, False):
+                print(rank, keys, isa, at_end, flush=True)
+                moved = {name: fenced(x, at_end=at_end) for name, x in tensors.items()}
+                assert torch.equal(latent_attention(**moved, **rest), expected)
+                KEEP.clear()
+print("done", flush=True)
+"""
+
+
+def test_nothing_is_read_outside_the_tensors(request: pytest.FixtureRequest) -> None:
+    isas = request.config.llmopt_isas  # type: ignore[attr-defined]
+    command = [sys.executable, "-c", FENCED, str(Path(__file__).parent), *isas]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = ran.stdout.splitlines() or ["nothing"]
+    assert ran.returncode == 0, f"after {lines[-1]}: {ran.stderr[-2000:]}"
+    assert lines[-1] == "done"
 
 
 @pytest.mark.parametrize("case", WRITE_CASES, ids=lambda case: case.name)

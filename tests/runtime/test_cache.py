@@ -77,6 +77,11 @@ def test_int8_latents_have_their_rope_keys_in_bf16_behind_them() -> None:
     assert cache.key_scales[1][:, :, 5].tolist() == [[1.0]] * 3
 
 
+def test_int8_latents_are_of_even_rank() -> None:
+    with pytest.raises(InputError, match="latent_rank: expected an even number for int8, got 3"):
+        filled(rank=3, dtype=torch.int8)
+
+
 def test_update_writes_behind_what_is_seen() -> None:
     cache = filled(length=7)
     new = torch.ones(3, 2, 4, 4)

@@ -22,7 +22,10 @@ from llmopt.runtime.step import DecodeStep
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
+MOE = {f.model_type for f in FAMILIES if f.moe}
 every_family = pytest.mark.parametrize("family", [f.model_type for f in FAMILIES])
+# heads of keys and values, and latents
+every_kind = pytest.mark.parametrize("family", ["qwen3", "deepseek_v2"])
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 # of the tokens: in a random mixture a router's near tie goes to another expert for a few, and changes them by a tenth
@@ -95,8 +98,9 @@ def test_logits_are_close_to_those_over_a_bf16_cache(
     ids = token_rows(2, 40)
     bf16, int8 = (logits_of(fuse(tiny(family, dtype), kind), ids) for kind in ("bf16", "int8"))
     assert not torch.equal(int8, bf16)
-    each = (int8 - bf16).norm(dim=-1) / bf16.norm(dim=-1)  # of a token
-    assert float(each.flatten().quantile(NEARLY_ALL)) < 0.05
+    each = ((int8 - bf16).norm(dim=-1) / bf16.norm(dim=-1)).flatten()  # of a token
+    assert float(each.quantile(NEARLY_ALL if family in MOE else 1.0)) < 0.05
+    assert float(each.mean()) < 0.1
 
 
 @every_family
@@ -127,24 +131,27 @@ def test_own_layers_and_the_engine_take_turns(family: str, tiny: Any, token_rows
     assert off(torch.cat([second.logits, third.logits], 1), whole[:, 9:]) < 0.03
 
 
-def test_beam_search_and_a_cache_that_grows(tiny: Any, token_rows: Any) -> None:
-    plain, model = tiny("qwen3"), fuse(tiny("qwen3"))
+@every_kind
+def test_beam_search_and_a_cache_that_grows(family: str, tiny: Any, token_rows: Any) -> None:
+    plain, model = tiny(family), fuse(tiny(family))
     prompt = token_rows(2, 11)
     given = {"attention_mask": torch.ones_like(prompt), **GREEDY, "num_beams": 3}
     expected = plain.generate(prompt, past_key_values=own_cache(plain, 6), **given)
     assert torch.equal(model.generate(prompt, **given), expected)
 
 
-def test_prompt_lookup_gives_the_same_tokens(tiny: Any, token_rows: Any) -> None:
+@every_kind
+def test_prompt_lookup_gives_the_same_tokens(family: str, tiny: Any, token_rows: Any) -> None:
     prompt = token_rows(1, 12).repeat(1, 4)
     given = {"attention_mask": torch.ones_like(prompt), **GREEDY}
-    plain, guessing = fuse(tiny("qwen3")), fuse(tiny("qwen3"), prompt_lookup=8)
+    plain, guessing = fuse(tiny(family)), fuse(tiny(family), prompt_lookup=8)
     assert torch.equal(guessing.generate(prompt, **given), plain.generate(prompt, **given))
 
 
-def test_a_recorded_step_holds_what_the_cache_had(tiny: Any, token_rows: Any) -> None:
+@every_kind
+def test_a_recorded_step_holds_what_the_cache_had(family: str, tiny: Any, token_rows: Any) -> None:
     """A step goes on over the buffers it was recorded over, scales among them, after the cache has grown."""
-    engine = Engine(resolve_model(tiny("qwen3")), kv_dtype=torch.int8)
+    engine = Engine(resolve_model(tiny(family)), kv_dtype=torch.int8)
     cache = engine.new_cache(1, 32)
     cache.length = 4
     for tensor in cache.tensors():

@@ -182,8 +182,8 @@ class LatentAttention : LatentRows<kDType> {
     const int64_t first = g * kLanes, rows = std::min(kLanes, rows_ - first);
     const float* query = query_ + g * layout_.blocks * 16 * kLanes;
     for (int64_t k = 0; k < n; k += kKeyBlock)
-      score_keys<kDType>(p_, query, g == 0 ? key_at(key + k) : nullptr, scale_at(key + k), n - k, tile_ + k * 16,
-                         scores_ + k * kLanes);
+      score_keys<kDType>(p_, query, g == 0 ? key_at(key + k) : nullptr, kDType == 3 ? scale_at(key + k) : nullptr,
+                         n - k, tile_ + k * 16, scores_ + k * kLanes);
     const bool all = high_of(first) >= key + n;
     if (!all) mask(first, rows, key, n);
     soften(first, n);

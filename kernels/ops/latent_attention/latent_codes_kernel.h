@@ -186,7 +186,7 @@ class LatentCodes : LatentRows<3> {
     for (int64_t d = 0; d < layout_.depth; d += 16, x += 256) {
       if (asks) {
         ask(1);
-        __builtin_prefetch(y + 4 * (stride_ + d), 0, 3);  // of the next four keys, which are in L2 by now
+        __builtin_prefetch(y + 4 * (stride_ + d), 0, 3);  // most of the next four keys, which are in L2
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
@@ -271,12 +271,12 @@ class LatentCodes : LatentRows<3> {
     for (int64_t d = 0; d < layout_.depth; d += 64, out += 64 * kStretch) {
       const __m512i a = load_bytes(in + d), b = load_bytes(in + stride_ + d);
       const __m512i c = load_bytes(in + 2 * stride_ + d), e = load_bytes(in + 3 * stride_ + d);
-      const __m512i ab = _mm512_unpacklo_epi8(a, b), AB = _mm512_unpackhi_epi8(a, b);
-      const __m512i ce = _mm512_unpacklo_epi8(c, e), CE = _mm512_unpackhi_epi8(c, e);
-      _mm512_storeu_si512(out, _mm512_unpacklo_epi16(ab, ce));
-      _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi16(ab, ce));
-      _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi16(AB, CE));
-      _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(AB, CE));
+      const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+      const __m512i ce_low = _mm512_unpacklo_epi8(c, e), ce_high = _mm512_unpackhi_epi8(c, e);
+      _mm512_storeu_si512(out, _mm512_unpacklo_epi16(ab_low, ce_low));
+      _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi16(ab_low, ce_low));
+      _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi16(ab_high, ce_high));
+      _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(ab_high, ce_high));
     }
   }
 

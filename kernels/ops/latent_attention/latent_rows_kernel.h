@@ -31,8 +31,8 @@ class LatentRows {
   void add_part(const float* from, int64_t begin, int64_t end, int64_t width) const {
     float* into = job_.partial;
     for (int64_t r = begin; r < end; ++r) {
-      // a part in which the row saw nothing
-      if (from[r] == kMasked) continue;
+      // a part in which the row saw nothing; one that saw NaN has no largest score either, but a sum
+      if (from[r] == kMasked && from[rows_ + r] == 0.0f) continue;
       const float top = std::max(into[r], from[r]);
       const float kept = into[r] == kMasked ? 0.0f : exp2_weight(into[r] - top), added = exp2_weight(from[r] - top);
       into[r] = top;

@@ -20,7 +20,7 @@ from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patc
 
 __all__ = ["FuseKernels"]
 
-_KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 # the trial of a screened head: positions, the share with the same top-1 that is asked for, and the share of rows scored with
 # 8 bits from which the screen saves too little
 _TRIAL_TOKENS, _LEAST_AGREEMENT, _MOST_SCORED = 128, 0.999, 0.1
@@ -48,8 +48,8 @@ class FuseKernels(Pass):
     prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
-        if self.kv_dtype is not None and self.kv_dtype not in _KV_DTYPES:
-            raise InputError.argument("kv_dtype", expected=f"None or {' | '.join(_KV_DTYPES)}", got=self.kv_dtype)
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise InputError.argument("kv_dtype", expected=f"None or {' | '.join(KV_DTYPES)}", got=self.kv_dtype)
         if self.screened_head not in (None, True, False):
             raise InputError.argument("screened_head", expected="None, True or False", got=self.screened_head)
         from llmopt.runtime.lookup import MOST_GUESSES
@@ -121,7 +121,7 @@ class FuseKernels(Pass):
         return Applied(patch, coverage, details, changes_numerics=kv_dtype == torch.int8, settled=settled)
 
     def _kv_dtype(self) -> torch.dtype | None:
-        return None if self.kv_dtype is None else _KV_DTYPES[self.kv_dtype]
+        return None if self.kv_dtype is None else KV_DTYPES[self.kv_dtype]
 
     def _head(self, ctx: PassContext, current: _Current) -> tuple[str, dict[str, Any]]:
         """How greedy tokens are found, and the trial of a screened head if there was one."""
