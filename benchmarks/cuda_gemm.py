@@ -117,6 +117,8 @@ def show(result: dict[str, Any], bandwidth: float) -> None:
           f"float16 linear {result['float16_linear_us']:.1f} us")  # fmt: skip
     for launch in LAUNCHES:
         runs = [run for run in result["runs"] if run["launch"] == launch]
+        if len(runs) < len(CONFIGURATIONS):
+            print(f"  {launch:<6} {len(CONFIGURATIONS) - len(runs)} of {len(CONFIGURATIONS)} configurations not timed")
         if runs:
             best = min(runs, key=lambda run: run["us"])
             rate = result["bytes"] / best["us"] / 1e6

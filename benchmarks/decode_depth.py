@@ -20,11 +20,10 @@ import torch
 from llmopt.measure import environment, stats, traffic
 from llmopt.measure.ceilings import CeilingMeter, usable_meter
 from llmopt.models import resolve_model, shapes
+from llmopt.passes.fuse_kernels import KV_DTYPES
 from llmopt.passes.quantize_gptq.direct import build_quantized
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.step import DecodeStep
-
-KV_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class Decoder:

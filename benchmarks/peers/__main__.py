@@ -64,7 +64,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown:
         parser.error(f"--peers: expected some of {', '.join(FIELD)}, got {unknown[0]!r}")
     try:
-        args.shape == contenders.SMALL or published.find(args.shape)
+        if args.shape != contenders.SMALL:
+            published.find(args.shape)
     except KeyError:
         parser.error(f"--shape: expected {contenders.SMALL} or {shapes}; got {args.shape!r}")
     if args.kv_dtype and "fuse_kernels" not in (args.passes or "fuse_kernels"):

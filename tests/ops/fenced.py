@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -27,3 +31,17 @@ def fenced(x: torch.Tensor, *, at_end: bool) -> torch.Tensor:
     view = torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
     view.copy_(x)
     return view
+
+
+def run(script: str, isas: Sequence[str]) -> None:
+    """Run a script, which finds the instruction sets in ``sys.argv[2:]``, says where it is, and ends with "done"."""
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys\nsys.path.insert(0, sys.argv[1])\n{script}",
+        str(Path(__file__).parent),
+    ]
+    ran = subprocess.run([*command, *isas], capture_output=True, text=True, check=False)
+    lines = ran.stdout.splitlines() or ["nothing"]
+    assert ran.returncode == 0, f"after {lines[-1]}: {ran.stderr[-2000:]}"
+    assert lines[-1] == "done"

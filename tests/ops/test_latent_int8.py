@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import fenced
 import pytest
 import torch
 
@@ -159,8 +157,6 @@ def test_company_in_the_batch_and_threads_change_no_bit(byte_products: str, thre
 
 
 FENCED = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import torch
 from fenced import KEEP, fenced
 from llmopt import native
@@ -188,12 +184,7 @@ print("done", flush=True)
 
 
 def test_nothing_is_read_outside_the_tensors(request: pytest.FixtureRequest) -> None:
-    isas = request.config.llmopt_isas  # type: ignore[attr-defined]
-    command = [sys.executable, "-c", FENCED, str(Path(__file__).parent), *isas]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = ran.stdout.splitlines() or ["nothing"]
-    assert ran.returncode == 0, f"after {lines[-1]}: {ran.stderr[-2000:]}"
-    assert lines[-1] == "done"
+    fenced.run(FENCED, request.config.llmopt_isas)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("case", WRITE_CASES, ids=lambda case: case.name)

@@ -22,14 +22,13 @@ from llmopt.runtime.step import DecodeStep
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
-MOE = {f.model_type for f in FAMILIES if f.moe}
 every_family = pytest.mark.parametrize("family", [f.model_type for f in FAMILIES])
 # heads of keys and values, and latents
 every_kind = pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
-# of the tokens: in a random mixture a router's near tie goes to another expert for a few, and changes them by a tenth
-NEARLY_ALL = 0.9
+# a random model of this family whose router's near ties go to other experts for a few tokens, and change those a lot
+TIES, NEARLY_ALL = "deepseek_v3", 0.9
 
 
 def fuse(model: Any, kv_dtype: str | None = "int8", **options: Any) -> Any:
@@ -76,7 +75,7 @@ def test_greedy_tokens_are_those_of_the_models_own_layers_over_such_a_cache(
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     expected = logits_of(plain, got, past_key_values=own_cache(plain, 4), **given)[:, 18:-1]
     short = expected.amax(-1) - expected.gather(-1, got[:, 19:, None])[..., 0]
-    share = NEARLY_ALL if family == "deepseek_v3" else 1.0
+    share = NEARLY_ALL if family == TIES else 1.0
     assert float(short.flatten().quantile(share)) <= 0.05 * float(expected.std())
 
 
@@ -98,8 +97,11 @@ def test_logits_are_close_to_those_over_a_bf16_cache(
     ids = token_rows(2, 40)
     bf16, int8 = (logits_of(fuse(tiny(family, dtype), kind), ids) for kind in ("bf16", "int8"))
     assert not torch.equal(int8, bf16)
+    if family != TIES:
+        assert off(int8, bf16) < 0.03
+        return
     each = ((int8 - bf16).norm(dim=-1) / bf16.norm(dim=-1)).flatten()  # of a token
-    assert float(each.quantile(NEARLY_ALL if family in MOE else 1.0)) < 0.05
+    assert float(each.quantile(NEARLY_ALL)) < 0.05
     assert float(each.mean()) < 0.1
 
 

@@ -185,7 +185,7 @@ class LatentAttention : LatentRows<kDType> {
       score_keys<kDType>(p_, query, g == 0 ? key_at(key + k) : nullptr, kDType == 3 ? scale_at(key + k) : nullptr,
                          n - k, tile_ + k * 16, scores_ + k * kLanes);
     const bool all = high_of(first) >= key + n;
-    if (!all) mask(first, rows, key, n);
+    if (!all) this->mask(scores_, first, key, n, n);
     soften(first, n);
     if (all) {
       for (int64_t r = first; r < first + rows; r += kRowBlock) values<kRowBlock>(r, r - first, n);
@@ -193,11 +193,6 @@ class LatentAttention : LatentRows<kDType> {
       // row by row: a key that a row may not see might hold a NaN, and zero times that is one
       for (int64_t r = 0; r < rows; ++r) values<1>(first + r, r, std::clamp<int64_t>(high_of(first + r) - key, 0, n));
     }
-  }
-
-  void mask(int64_t first, int64_t rows, int64_t key, int64_t n) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = std::max<int64_t>(0, high_of(first + r) - key); j < n; ++j) scores_[j * kLanes + r] = kMasked;
   }
 
   // turns scores into weights; updates maximum, sum and what to keep of acc

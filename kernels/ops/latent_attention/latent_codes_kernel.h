@@ -140,7 +140,7 @@ class LatentCodes : LatentRows<3> {
       score(g == 0, first, k);
       if (g == 0) pack(k);
     }
-    if (n < padded || high_of(first) < key + n) mask(first, key, n, padded);
+    if (n < padded || high_of(first) < key + n) mask(scores_, first, key, n, padded);
     soften(first, padded);
     put_weights(padded);
     for (int64_t d = 0; d < layout_.depth; d += 64)
@@ -216,12 +216,6 @@ class LatentCodes : LatentRows<3> {
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) store(out + j * kLanes, add(load(out + j * kLanes), sum_quarters(sum + 4 * j)));
-  }
-
-  void mask(int64_t first, int64_t key, int64_t n, int64_t padded) {
-    for (int64_t j = n; j < padded; ++j) store(scores_ + j * kLanes, set1(kMasked));
-    for (int64_t r = 0; r < std::min(kLanes, rows_ - first); ++r)
-      for (int64_t j = std::max<int64_t>(0, high_of(first + r) - key); j < n; ++j) scores_[j * kLanes + r] = kMasked;
   }
 
   // Turns the scores of n keys into weights times the keys' scales; updates maximum and sum, and finds what to keep of acc and

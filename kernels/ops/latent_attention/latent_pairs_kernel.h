@@ -120,7 +120,7 @@ class LatentPairs : LatentRows<1> {
     for (int64_t i = 0; i * kStepKeys < n; ++i)
       product.scores(keys_[i], query_ + first * layout_.depth, layout_.depth / 32, scores_ + i * kStepKeys * kLanes,
                      ask_next);
-    if (n < padded || high_of(first) < key + n) mask(first, key, n, padded);
+    if (n < padded || high_of(first) < key + n) mask(scores_, first, key, n, padded);
     soften(first, padded);
     float* acc = acc_ + first * layout_.width;
     if (key > job_.key_begin) rescale(first, acc);
@@ -175,12 +175,6 @@ class LatentPairs : LatentRows<1> {
         store(reinterpret_cast<float*>(out + kPanel), odd);
       }
     }
-  }
-
-  void mask(int64_t first, int64_t key, int64_t n, int64_t padded) {
-    for (int64_t j = n; j < padded; ++j) store(scores_ + j * kLanes, set1(kMasked));
-    for (int64_t r = 0; r < std::min(kLanes, rows_ - first); ++r)
-      for (int64_t j = std::max<int64_t>(0, high_of(first + r) - key); j < n; ++j) scores_[j * kLanes + r] = kMasked;
   }
 
   // turns the scores of n keys into weights; updates maximum, sum and what to keep of acc

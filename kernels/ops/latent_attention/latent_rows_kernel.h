@@ -21,6 +21,13 @@ class LatentRows {
   // one past the last key that row r of the job may see
   int64_t high_of(int64_t r) const { return job_.slot + (job_.row_begin + r) / p_.heads + 1; }
 
+  // scores [n keys, 16 rows] from row `first` on: of keys that a row may not see, and of those up to `padded`
+  void mask(float* scores, int64_t first, int64_t key, int64_t n, int64_t padded) const {
+    for (int64_t j = n; j < padded; ++j) store(scores + j * kLanes, set1(kMasked));
+    for (int64_t r = 0; r < std::min(kLanes, rows_ - first); ++r)
+      for (int64_t j = std::max<int64_t>(0, high_of(first + r) - key); j < n; ++j) scores[j * kLanes + r] = kMasked;
+  }
+
   void keep_part(int64_t r, float top, float sum, const float* acc, int64_t width) const {
     job_.partial[r] = top;
     job_.partial[rows_ + r] = sum;

@@ -19,29 +19,6 @@ void rotate_part(const LatentCacheParams& p, int64_t token, const float* from, v
   store_head<kDType>(x, out, at, p.rope);
 }
 
-// sixteen of a token's normalized latents
-inline F32x16 normalized(const LatentCacheParams& p, const float* x, F32x16 inverse, int64_t d, int n) {
-  return mul(mul(load_n(x + d, n), inverse), load_n(p.norm + d, n));
-}
-
-// The codes of a token and their scale, symmetric. What is not finite makes the scale so, and with it what sees the token.
-inline void write_codes(const LatentCacheParams& p, const float* x, F32x16 inverse, int8_t* out, float* scale) {
-  const auto lanes = [&](int64_t d) { return p.rank - d < 16 ? static_cast<int>(p.rank - d) : 16; };
-  I32x16 bits = zero_i32();
-  for (int64_t d = 0; d < p.rank; d += 16) bits = max(bits, abs_bits(normalized(p, x, inverse, d, lanes(d))));
-  const int32_t top_bits = reduce_max(bits);
-  float top;
-  std::memcpy(&top, &top_bits, 4);
-  const bool zero = top < 1e-30f;
-  *scale = zero ? 0.0f : top / 127.0f;
-  const F32x16 factor = set1(zero ? 0.0f : 127.0f / top);
-  for (int64_t d = 0; d < p.rank; d += 16) {
-    int8_t codes[16];
-    store_s8(codes, mul(normalized(p, x, inverse, d, lanes(d)), factor));
-    std::memcpy(out + d, codes, static_cast<size_t>(lanes(d)));
-  }
-}
-
 template <int kDType>
 void write_latent_rows(const LatentCacheParams& p, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
@@ -54,13 +31,15 @@ void write_latent_rows(const LatentCacheParams& p, int64_t begin, int64_t end) {
       sum = fmadd(v, v, sum);
     }
     const F32x16 inverse = set1(1.0f / std::sqrt(reduce_add(sum) / static_cast<float>(p.rank) + p.eps));
+    const auto normalized = [&](int64_t d) {
+      return mul(mul(load_n(x + d, lanes(d)), inverse), load_n(p.norm + d, lanes(d)));
+    };
     if constexpr (kDType == 3) {
       int8_t* out = static_cast<int8_t*>(p.cache) + at;
-      write_codes(p, x, inverse, out, p.scales + p.seq[t] * p.scale_stride + p.slot[t]);
+      store_codes(normalized, out, p.scales + p.seq[t] * p.scale_stride + p.slot[t], p.rank);
       rotate_part<1>(p, t, x + p.rank, out + p.rank, 0);
     } else {
-      for (int64_t d = 0; d < p.rank; d += 16)
-        store_as_n<kDType>(p.cache, at + d, normalized(p, x, inverse, d, lanes(d)), lanes(d));
+      for (int64_t d = 0; d < p.rank; d += 16) store_as_n<kDType>(p.cache, at + d, normalized(d), lanes(d));
       rotate_part<kDType>(p, t, x + p.rank, p.cache, at + p.rank);
     }
   }

@@ -44,11 +44,12 @@ void store_head(const float* x, void* out, int64_t at, int64_t dim) {
     store_as_n<kDType>(out, at + d, load(x + d), dim - d < 16 ? static_cast<int>(dim - d) : 16);
 }
 
-// As int8, symmetric, with the scale beside it. What is not finite makes the scale so, and with it every value read back;
-// a head below 1e-30 becomes zero.
-inline void store_head_s8(const float* x, int8_t* out, float* scale, int64_t dim) {
+// `dim` values as int8, symmetric, with the scale beside them; values(d) gives sixteen from d on, zeros past the last. What is
+// not finite makes the scale so, and with it every value read back; what lies below 1e-30 becomes zero.
+template <class Values>
+void store_codes(const Values& values, int8_t* out, float* scale, int64_t dim) {
   I32x16 bits = zero_i32();
-  for (int64_t d = 0; d < dim; d += 16) bits = max(bits, abs_bits(load(x + d)));
+  for (int64_t d = 0; d < dim; d += 16) bits = max(bits, abs_bits(values(d)));
   const int32_t top_bits = reduce_max(bits);
   float top;
   std::memcpy(&top, &top_bits, 4);
@@ -57,7 +58,7 @@ inline void store_head_s8(const float* x, int8_t* out, float* scale, int64_t dim
   const F32x16 inverse = set1(zero ? 0.0f : 127.0f / top);
   for (int64_t d = 0; d < dim; d += 16) {
     int8_t codes[16];
-    store_s8(codes, mul(load(x + d), inverse));
+    store_s8(codes, mul(values(d), inverse));
     std::memcpy(out + d, codes, static_cast<size_t>(dim - d < 16 ? dim - d : 16));
   }
 }
@@ -84,7 +85,8 @@ void rope_cache_heads(const RopeCacheParams& p, int64_t begin, int64_t end) {
       const int64_t kv_head = (head - p.heads) % p.kv_heads;
       const int64_t at = p.seq[token] * p.seq_stride + kv_head * p.head_stride + p.slot[token] * p.dim;
       if constexpr (kDType == 3)
-        store_head_s8(x, static_cast<int8_t*>(key ? p.k : p.v) + at, (key ? p.k_scale : p.v_scale) + at / p.dim, p.dim);
+        store_codes([&x](int64_t d) { return load(x + d); }, static_cast<int8_t*>(key ? p.k : p.v) + at,
+                    (key ? p.k_scale : p.v_scale) + at / p.dim, p.dim);
       else
         store_head<kDType>(x, key ? p.k : p.v, at, p.dim);
     }

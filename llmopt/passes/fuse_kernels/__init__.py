@@ -33,7 +33,7 @@ class FuseKernels(Pass):
     Args:
         kv_dtype: of the KV cache: "bf16", "fp16", "fp32" or "int8"; None: the model's dtype. "int8" takes about half the bytes
             of bf16: each head of a token has a float32 scale, as a token's latent has (DeepSeek). It changes outputs, which the
-            receipt's quality figures show.
+            receipt's quality figures show (of DeepSeek the cache's rounding, not that of a decoded token's products).
         screened_head: find greedy tokens by an 8-bit head's high nibbles, and score with all 8 bits only the rows that may win;
             whatever looks at logits gets all of them. None: where the head is large enough and a trial finds the same tokens.
         prompt_lookup: most tokens to guess from what followed the same words earlier in the sequence (0 to 15; 0: none).
