@@ -1,19 +1,39 @@
-// record_begin(), record_end() -> Function run(times): see program.h.
+// recording(), record_begin(), record_call(), record_end() -> Function run(times): see program.h.
 #include "program.h"
 
 #include <pthread.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace llmopt {
 namespace {
 
+// A call of a function that is not an op of ours, such as a kernel a compiler generated; its arguments are kept alive.
+struct Call {
+  tvm::ffi::Function function;
+  std::vector<tvm::ffi::Any> args;
+  std::vector<tvm::ffi::AnyView> views;
+  std::exception_ptr error;
+
+  void run() {
+    tvm::ffi::Any result;
+    try {
+      function.CallPacked(views.data(), static_cast<int32_t>(views.size()), &result);
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }
+};
+
 struct Program {
   std::vector<Task> tasks;
+  std::vector<std::shared_ptr<Call>> calls;
   // no more than when any task was recorded: it may have sized its buffers by that
   int threads = omp_get_max_threads();
 
@@ -26,6 +46,9 @@ struct Program {
         }
       }
     });
+    for (const auto& call : calls) {
+      if (call->error) std::rethrow_exception(std::exchange(call->error, nullptr));
+    }
   }
 };
 
@@ -50,6 +73,17 @@ void after_fork_in_child() {
 void record_begin() {
   if (current) TVM_FFI_THROW(RuntimeError) << "record_begin: this thread is recording already";
   current = std::make_unique<Program>();
+}
+
+// The first thread will call it while the others wait: for work too small to share.
+void record_call(tvm::ffi::Function function, tvm::ffi::Array<tvm::ffi::Any> args) {
+  if (!current) TVM_FFI_THROW(RuntimeError) << "record_call: nothing is being recorded";
+  auto call = std::make_shared<Call>(Call{std::move(function), {args.begin(), args.end()}, {}, nullptr});
+  call->views.assign(call->args.begin(), call->args.end());
+  current->calls.push_back(call);
+  current->tasks.push_back([call](const Team& team) {
+    if (team.rank == 0) call->run();
+  });
 }
 
 tvm::ffi::Function record_end() {
@@ -79,6 +113,8 @@ void run_or_record(Task task, int threads) {
 
 }  // namespace llmopt
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(recording, llmopt::recording);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_begin, llmopt::record_begin);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_call, llmopt::record_call);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_end, llmopt::record_end);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_abort, llmopt::record_abort);

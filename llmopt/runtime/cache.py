@@ -144,6 +144,10 @@ class KVCache(Cache):  # type: ignore[misc]
         keys, values = (scales[layer] if scales else None for scales in (self.key_scales, self.value_scales))
         return keys, values
 
+    def latents(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows ``[S, C, D]`` of latent attention, and of int8 ones the scales ``[S, C]``."""
+        return self.keys[layer][:, 0], self.key_scales[layer][:, 0] if self.key_scales else None
+
     def parts(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer's own forward takes for keys and values: of latent attention, latents and rope keys."""
         if self.latent_rank is None:
@@ -189,6 +193,14 @@ class KVCache(Cache):  # type: ignore[misc]
             self.value_scales = [v.view(shape) for v in scales[1::2]] if kinds == 2 else []
 
     # ---- what transformers asks of a cache beyond its layers
+
+    def start_after(self, keep: torch.Tensor | None) -> None:
+        """Take note of the padding on the left of a prompt: ``keep`` [S, tokens] bool, None: there is none."""
+        if self.length:
+            return
+        self.start.zero_()
+        if keep is not None:
+            self.start.copy_(keep.int().argmax(-1))
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first ``max_length`` slots; up to 0: the last ``-max_length`` ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +17,14 @@ from llmopt.runtime.blocks import Context, GqaBlock, MlpBlock, Rope, Workspace
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.linear import linears
+from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.moe import MoeBlock
+from llmopt.runtime.program import Program
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.weights import norm_of, weight_of
+
+if TYPE_CHECKING:
+    from llmopt.runtime.step import DecodeStep
 
 # tokens that go through the layers together: enough for the products to be bound by arithmetic, few enough for what lies
 # between them to stay in the caches
@@ -122,6 +127,52 @@ class Engine:
         for part, some in rows.chunks(size):
             self.run_layers(h[part], Context(some, cache, rope, Workspace()), on_layer)
         return h
+
+    def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """Embedding and all layers of one decode step, as calls that are recorded.
+
+        Args:
+            ids: ``[T]`` int64.
+            h: ``[T, H]`` float32, written.
+            ctx: rows, cache and workspace of the step.
+
+        Returns:
+            Hidden states ``[T, H]`` before the final norm.
+        """
+        self.embed(ids, h)
+        self.run_layers(h, ctx)
+        return h
+
+    def program(self, step: DecodeStep) -> Program:
+        """What runs a step again and again: its calls, recorded."""
+        return Program(step.make_calls)
+
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        """Run the tokens the cache does not hold yet.
+
+        Args:
+            ids: ``[B, tokens]`` int64, those in the cache among them.
+            mask: ``[B, tokens]``, 0 for padding on the left, or None.
+            cache: of B sequences; it grows where it must.
+
+        Returns:
+            Logits ``[B, V]`` float32 of the last token of each sequence.
+        """
+        past, (batch, length) = cache.length, ids.shape
+        new = ids[:, past:]
+        _, keep = visible_tokens(mask, length - past, cache)
+        cache.order_for(own_layers=False)
+        cache.reserve(length + 1)
+        cache.start_after(keep)
+        rows = Rows.of_batch(batch, length - past, past, rope_positions(mask, ids.shape)[:, past:], keep)
+        h = torch.empty(len(rows), self.hidden_size)
+        self.embed((new.reshape(-1) if keep is None else new[keep]).contiguous(), h)
+        self.hidden(h, rows, cache, length)
+        cache.length = length
+        counts = torch.full((batch,), length - past) if keep is None else keep.sum(-1)
+        logits = torch.empty(batch, self.vocab_size)
+        self.logits(h[counts.cumsum(0) - 1], logits)
+        return logits
 
     def logits(self, h: torch.Tensor, out: torch.Tensor) -> None:
         """``out[T, V] = head(norm(h))``, float32."""

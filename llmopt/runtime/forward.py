@@ -14,6 +14,7 @@ from torch import nn
 
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
+from llmopt.runtime.masks import visible_tokens
 from llmopt.runtime.rows import Rows
 
 _LOG = logging.getLogger("llmopt")
@@ -65,10 +66,7 @@ class FusedForward:
         if cache is None:
             cache = engine.new_cache(batch, past + tokens)
         cache.reserve(past + tokens)
-        if past == 0:
-            cache.start.zero_()
-            if keep is not None:
-                cache.start.copy_(keep.int().argmax(-1))
+        cache.start_after(keep)
         rows = Rows.of_batch(batch, tokens, past, position_ids, keep)
         h = torch.zeros(batch * tokens, engine.hidden_size)
         if ids is not None:
@@ -131,26 +129,6 @@ class FusedForward:
             self._fallbacks[reason] = 0
             _LOG.warning("fuse_kernels: the model's own layers run where there is %s", reason)
         self._fallbacks[reason] += 1
-
-
-def visible_tokens(mask: Any, tokens: int, cache: KVCache | None) -> tuple[str, torch.Tensor | None]:
-    """Why a mask is not covered, or ''; and which of the new tokens are no padding (None: all)."""
-    past = cache.length if cache is not None else 0
-    if mask is None:
-        started = cache is not None and past > 0 and bool(cache.start.any())
-        return ("no mask for a cache that holds padding" if started else ""), None
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return "a mask that is not [batch, tokens]", None
-    if mask.shape[1] != past + tokens:
-        return "a mask of another length than the tokens", None
-    visible = mask.bool()
-    start = visible.int().argmax(-1).to(torch.int32)
-    # each sequence: padding, then tokens without a hole up to the end
-    if not torch.equal(visible.sum(-1), mask.shape[1] - start) or not visible[:, -1].all():
-        return "padding on the right or holes in the mask", None
-    if past > 0 and cache is not None and not torch.equal(start, cache.start):
-        return "a mask that hides cached tokens", None
-    return "", (None if past > 0 or not start.any() else visible)
 
 
 def _hooked_inside(stack: nn.Module) -> bool:

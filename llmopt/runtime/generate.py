@@ -15,9 +15,8 @@ import torch
 
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
-from llmopt.runtime.forward import visible_tokens
+from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup, Speculation
-from llmopt.runtime.rows import Rows
 from llmopt.runtime.step import DecodeStep
 
 
@@ -34,7 +33,7 @@ class Generation:
     """
 
     def __init__(self, model: Any, engine: Callable[[], Engine], lookup: Lookup | None = None) -> None:
-        self._model, self._engine, self._lookup = model, engine, lookup
+        self._model, self._engine, self.lookup = model, engine, lookup
         self.lookup_counts = dict.fromkeys(COUNTS, 0)
         self._own_generate = model.generate
         self._own_sample = model._sample
@@ -125,7 +124,7 @@ class Generation:
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
                 streamer=streamer, **more, **model_kwargs,
             )  # fmt: skip
-        lookup = _lookup_of(generation_config) if asked else self._lookup
+        lookup = _lookup_of(generation_config) if asked else self.lookup
         loop = _Loop(self._engine(), cache, input_ids, model_kwargs, generation_config)
         if lookup is not None and len(input_ids) == 1:
             loop.lookup, loop.counts = lookup, self.lookup_counts
@@ -137,8 +136,14 @@ class Generation:
 
 def engine_of(model: Any) -> Engine | None:
     """The engine behind ``model.generate`` as it is now, or None."""
-    generation = getattr(vars(model).get("generate"), "__self__", None)
-    return generation.engine() if isinstance(generation, Generation) else None
+    generation = generation_behind(vars(model).get("generate"))
+    return None if generation is None else generation.engine()
+
+
+def generation_behind(generate: Any) -> Generation | None:
+    """The one whose method ``generate`` is, or None."""
+    owner = getattr(generate, "__self__", None)
+    return owner if isinstance(owner, Generation) else None
 
 
 def _one_by_one(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -197,17 +202,10 @@ def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[s
         return "no new tokens"
     given = kwargs.get("position_ids")
     if given is not None:
-        usual = _positions(kwargs.get("attention_mask"), ids.shape)
+        usual = rope_positions(kwargs.get("attention_mask"), ids.shape)
         if given.shape[-1] > ids.shape[1] or not bool((given == usual[:, -given.shape[-1] :]).all()):
             return "positions of the caller's own"
     return visible_tokens(kwargs.get("attention_mask"), ids.shape[1] - cache.length, cache)[0]
-
-
-def _positions(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """Rope positions ``[batch, tokens]`` as transformers counts them: padding does not count."""
-    if mask is None:
-        return torch.arange(shape[1]).expand(shape)
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class _Loop:
@@ -237,7 +235,7 @@ class _Loop:
         buffer = torch.empty(self.ids.shape[0], max(limit, self.prompt + 1), dtype=torch.int64)
         buffer[:, : self.prompt] = self.ids
         self.ids = buffer
-        logits = self._prefill()
+        logits = self.engine.prefill(self.ids[:, : self.prompt], self.mask, self.cache)
         self.plain = not config.do_sample and not config.return_dict_in_generate and _only_delays_end(processors)
         self.step = self._step(limit)
         if self.lookup is not None:
@@ -263,29 +261,6 @@ class _Loop:
             streamer.end()
         self.cache.step = None
         return self._result()
-
-    def _prefill(self) -> torch.Tensor:
-        """Run the tokens the cache does not hold yet; logits of the last of each sequence."""
-        engine, cache, past = self.engine, self.cache, self.cache.length
-        new = self.ids[:, past : self.prompt]
-        batch, tokens = new.shape
-        _, keep = visible_tokens(self.mask, tokens, cache)
-        positions = _positions(self.mask, torch.Size((batch, self.prompt)))[:, past:]
-        cache.order_for(own_layers=False)
-        cache.reserve(self.prompt + 1)
-        if past == 0:
-            cache.start.zero_()
-            if keep is not None:
-                cache.start.copy_(keep.int().argmax(-1))
-        rows = Rows.of_batch(batch, tokens, past, positions, keep)
-        h = torch.empty(len(rows), engine.hidden_size)
-        engine.embed((new.reshape(-1) if keep is None else new[keep]).contiguous(), h)
-        engine.hidden(h, rows, cache, self.prompt)
-        cache.length = self.prompt
-        counts = torch.full((batch,), tokens) if keep is None else keep.sum(-1)
-        logits = torch.empty(batch, engine.vocab_size)
-        engine.logits(h[counts.cumsum(0) - 1], logits)
-        return logits
 
     def _step(self, limit: int) -> DecodeStep:
         self.cache.reserve(min(limit, self.prompt + 4096) + 1)

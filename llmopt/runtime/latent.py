@@ -96,8 +96,7 @@ class LatentBlock:
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += attention(norm(h))``, latents written to the cache."""
         q, kv_a = self._project(h, ctx)
-        rows, cache = ctx.rows, ctx.cache.keys[self.index][:, 0]
-        scales = ctx.cache.key_scales[self.index][:, 0] if ctx.cache.key_scales else None
+        rows, (cache, scales) = ctx.rows, ctx.cache.latents(self.index)
         absorbed = ctx.work.recorded or rows.longest_run() <= _MOST_ABSORBED
         w_uk, w_uv = self.halves() if absorbed else (None, None)
         query = latent_cache(

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from llmopt.ops.fused_linear import Mode, Weight, fused_linear
+from llmopt.runtime.program import only_ops
 
 # tokens from which torch's matrix product beats our row-by-row loops on weights that are not packed
 _TORCH_TOKENS = 24
@@ -23,7 +24,7 @@ def linears(
         out: ``[T, N]`` float32.
         norm, eps, mode: see the op.
     """
-    if x.shape[0] < _TORCH_TOKENS or all(w.packed for w in weights):
+    if all(w.packed for w in weights) or only_ops() or x.shape[0] < _TORCH_TOKENS:
         fused_linear(x, weights, out, norm=norm, eps=eps, mode=mode)
         return
     values = x.float() if norm is None else functional.rms_norm(x.float(), (x.shape[1],), norm, eps)

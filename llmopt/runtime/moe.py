@@ -10,13 +10,11 @@ from torch.nn import functional
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.models.base import ModelFamily, MoeSpec, ResolvedLayer
-from llmopt.ops.moe import Routing, SharedExperts, moe
+from llmopt.ops.moe import MOST_DENSE_TOKENS, Routing, SharedExperts, moe
 from llmopt.packed import QuantExperts
 from llmopt.runtime.blocks import Context, gated_weights
+from llmopt.runtime.program import only_ops
 from llmopt.runtime.weights import norm_of
-
-# tokens up to which the op takes experts that are not packed; more are transformers' business
-_PLAIN_TOKENS = 64
 
 
 class MoeBlock:
@@ -51,7 +49,7 @@ class MoeBlock:
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += moe(norm(h))``."""
-        if not self.packed and h.shape[0] > _PLAIN_TOKENS:
+        if not self.packed and not only_ops() and h.shape[0] > MOST_DENSE_TOKENS:
             x = functional.rms_norm(h, (h.shape[1],), self.norm, self.eps).to(self.dtype)
             out = self.module(x[None])
             h += (out[0] if isinstance(out, tuple) else out)[0]

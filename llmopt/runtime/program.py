@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from llmopt import native
+
+
+def only_ops() -> bool:
+    """True where nothing of torch's may stand in for an op: a program is recorded on this thread, or a graph is traced."""
+    return torch.compiler.is_compiling() or bool(native.library().recording())
 
 
 class Program:
@@ -15,20 +22,20 @@ class Program:
     The GIL is released meanwhile. Programs of one process run one at a time: concurrent callers take turns, a run each.
 
     Args:
-        calls: makes the op calls, once; only ops of the engine, nothing of torch's.
-        keep: whatever holds the tensors alive.
+        calls: makes the op calls, once; only ops of the engine, nothing of torch's. What it returns is kept.
+        keep: whatever else holds the tensors alive.
     """
 
-    def __init__(self, calls: Callable[[], object], keep: Any) -> None:
+    def __init__(self, calls: Callable[[], object], keep: Any = None) -> None:
         library = native.library()
         library.record_begin()
         try:
-            calls()
+            made = calls()
         except BaseException:
             library.record_abort()
             raise
         self._run = library.record_end()
-        self._keep = keep
+        self._keep = keep, made
 
     def run(self, times: int = 1) -> None:
         """Run it, several times if asked."""

@@ -11,7 +11,6 @@ from llmopt.ops.next_token import advance, next_token
 from llmopt.runtime.blocks import Context, Workspace
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
-from llmopt.runtime.program import Program
 from llmopt.runtime.rows import Rows
 
 
@@ -42,25 +41,27 @@ class DecodeStep:
         # the last token first: attention takes tokens that follow each other for one run, and cuts that run's keys in
         # another way than a single token's. So each is a run of its own, with the numbers it has when decoded alone.
         self._ahead = torch.arange(tokens - 1, -1, -1, dtype=torch.int32).repeat(cache.sequences)
-        self._rows = Rows(
+        self.rows = Rows(
             torch.zeros(rows, dtype=torch.int32),
             torch.arange(cache.sequences, dtype=torch.int32).repeat_interleave(tokens),
             torch.zeros(rows, dtype=torch.int32),
         )
+        self.rope = engine.rope(cache.capacity)
         self._hidden = torch.empty(rows, engine.hidden_size)
-        self._context = Context(self._rows, cache, engine.rope(cache.capacity), Workspace(recorded=True))
-        self._program = Program(lambda: self._record(engine), keep=(self._context, engine, cache.tensors()))
+        self._program = engine.program(self)
 
-    def _record(self, engine: Engine) -> None:
+    def make_calls(self) -> object:
+        """The op calls that a step consists of; what must be kept as long as they are."""
+        engine, context = self._engine, Context(self.rows, self.cache, self.rope, Workspace(recorded=True))
         # the rows hold the last token's place; a step begins by moving on
-        advance(self._rows.position, self._rows.slot)
-        engine.embed(self.ids, self._hidden)
-        engine.run_layers(self._hidden, self._context)
+        advance(self.rows.position, self.rows.slot)
+        self._hidden = engine.decode(self.ids, self._hidden, context)
         if self._screened:
             engine.greedy(self._hidden, self.ids)
         else:
             engine.logits(self._hidden, self.logits)
             next_token(self.logits, self.ids)
+        return context, self.cache.tensors()
 
     def complete(self) -> None:
         """Make sure that ``logits`` are those of the last run."""
@@ -80,8 +81,8 @@ class DecodeStep:
 
         Runs of a step of one token follow each other; with more, each run is placed anew.
         """
-        torch.add(self._ahead, self.cache.length - 1, out=self._rows.slot)
-        torch.add(self._ahead, position.to(torch.int32) - 1, out=self._rows.position)
+        torch.add(self._ahead, self.cache.length - 1, out=self.rows.slot)
+        torch.add(self._ahead, position.to(torch.int32) - 1, out=self.rows.position)
 
     def run(self) -> None:
         """Decode ``ids``. The caller has made sure that the cache has room."""

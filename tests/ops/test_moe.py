@@ -20,6 +20,7 @@ from llmopt.errors import InputError
 from llmopt.ops.moe import Routing, SharedExperts, moe, reference, route
 from llmopt.ops.moe.spec import ERNIE, QWEN3, SPEC, V2, V2_LITE, V3, make_inputs, run
 from llmopt.ops.spec import Case
+from llmopt.runtime.program import Program
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
@@ -324,9 +325,15 @@ def straight(inputs: dict[str, Any]) -> None:
     torch.ops.llmopt.moe(*(inputs[n] for n in names))
 
 
-def test_more_than_64_tokens_need_packed_weights() -> None:
-    with pytest.raises(InputError, match="h: expected at most 64 tokens with weights that are not quantized, got 65"):
-        run(**given(65, **KINDS["dense"]))
+@pytest.mark.parametrize("tokens", [64, 65, 130])
+def test_many_tokens_of_weights_that_are_not_packed_go_in_turns(tokens: int) -> None:
+    inputs = given(tokens, **KINDS["dense"])
+    expected = SPEC.reference(**inputs)
+    torch.testing.assert_close(run(**inputs), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    h = inputs["h"].clone()
+    program = Program(lambda: straight({**inputs, "h": h}), inputs)
+    program.run()
+    assert torch.equal(h, run(**inputs))
 
 
 def test_an_unknown_scoring_is_named() -> None:

@@ -11,7 +11,7 @@ import torch
 from llmopt import native
 from llmopt.errors import InputError
 from llmopt.ops.rope_cache import rope_cache
-from llmopt.ops.rope_cache.spec import make_inputs, run
+from llmopt.ops.rope_cache.spec import SPEC, make_inputs, run
 from llmopt.ops.spec import Case
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
@@ -193,3 +193,23 @@ def test_more_turned_than_a_head_has() -> None:
 def test_a_head_too_large() -> None:
     with pytest.raises(InputError, match=r"^rope_cache: q: expected a head size of at most 512, got 516"):
         run(**make_inputs(Case("big", {"tokens": 1, "heads": 1, "kv_heads": 1, "dim": 516}), 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_heads_that_are_rotated_already_are_only_written(dtype: torch.dtype, isa: str) -> None:
+    case = Case("", {"tokens": 9, "heads": 3, "kv_heads": 1, "dim": 80, "sequences": 2, "dtype": dtype})
+    inputs = SPEC.make_inputs(case, 3)
+    still = {"cos": torch.ones_like(inputs["cos"]), "sin": torch.zeros_like(inputs["sin"])}
+    outputs = []
+    for tables in (still, {"cos": None, "sin": None, "position": None}):
+        given = {**SPEC.torch_arguments(**inputs), **tables}
+        rope_cache(**given)
+        outputs.append([given[name] for name in ("q", "k", "v")])
+    for a, b in zip(*outputs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tables_come_together() -> None:
+    inputs = SPEC.torch_arguments(**SPEC.make_inputs(Case("", {"tokens": 2, "heads": 2, "kv_heads": 1, "dim": 32}), 0))
+    with pytest.raises(InputError, match="cos: expected sin and position beside it"):
+        rope_cache(**{**inputs, "sin": None})

@@ -68,6 +68,18 @@ def test_batches_with_left_padding_agree(family: str, fused: Any, token_rows: An
     assert set(steps) == {4}
 
 
+@pytest.mark.parametrize("sequences", [23, 24, 70])
+@every_family
+def test_large_batches_agree(family: str, sequences: int, fused: Any, token_rows: Any, steps: list[int]) -> None:
+    # many tokens of weights that are not packed are torch's business in a prefill; a recorded step must hold them too
+    plain, model = fused(family)
+    prompt = token_rows(sequences, 9, seed=6)
+    mask = torch.ones_like(prompt)
+    expected = plain.generate(prompt, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(prompt, attention_mask=mask, **GREEDY), expected)
+    assert set(steps) == {sequences}
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import tvm_ffi
 
 from llmopt import native
 from llmopt.errors import InputError
@@ -359,3 +360,40 @@ def test_the_gil_is_released_while_a_program_runs() -> None:
     worker.join()
     assert slot.tolist() == [100_000_000]
     assert any(0 < x < 100_000_000 for x in seen)
+
+
+def kernel(x: Any, out: Any) -> None:
+    torch.from_dlpack(out).copy_(torch.from_dlpack(x) + 1)
+
+
+def test_a_function_from_outside_is_called_in_its_place(threads: Callable[[int], None]) -> None:
+    threads(2)
+    logits, ids, out = torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 8)
+    function = tvm_ffi.convert(kernel)
+
+    def calls() -> None:
+        native.library().record_call(function, [tvm_ffi.from_dlpack(logits), tvm_ffi.from_dlpack(out)])
+        next_token(out, ids)
+
+    program = Program(calls, (logits, ids, out))
+    assert not out.any()
+    for best in (3, 6):
+        logits.zero_()[0, best] = 5.0
+        program.run()
+        assert ids.item() == best
+        assert torch.equal(out, logits + 1)
+
+
+def test_an_error_of_a_function_from_outside_comes_back() -> None:
+    def failing() -> None:
+        raise ValueError("not today")
+
+    program = Program(lambda: native.library().record_call(tvm_ffi.convert(failing), []), None)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not today"):
+            program.run()
+
+
+def test_a_function_from_outside_needs_a_recording() -> None:
+    with pytest.raises(RuntimeError, match="nothing is being recorded"):
+        native.library().record_call(tvm_ffi.convert(kernel), [])

@@ -28,9 +28,12 @@ import torch
 from llmopt import native
 from llmopt.errors import InputError
 
-__all__ = ["Routing", "SharedExperts", "moe", "route"]
+__all__ = ["MOST_DENSE_TOKENS", "Routing", "SharedExperts", "moe", "route"]
 
 Scoring = Literal["softmax", "sigmoid"]
+
+# of one call of the kernel, of weights that are not packed; more take several
+MOST_DENSE_TOKENS = 64
 
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
 _LIBRARY.define(
@@ -133,7 +136,7 @@ def moe(
         shared: the shared experts, if there are any.
 
     Raises:
-        InputError: shapes, dtypes or options do not fit together; or more than 64 tokens with weights that are not packed.
+        InputError: shapes, dtypes or options do not fit together.
         NativeLibraryError: the compiled kernels are not installed.
     """
     parts = (shared.gate, shared.up, shared.down) if shared is not None else (None, None, None)
@@ -174,10 +177,12 @@ def _cpu(
     weighting: list[float],
 ) -> None:  # fmt: skip
     shared = [t for t in (shared_gate, shared_up, shared_down) if t is not None]
+    packed = gate_up.dtype == torch.uint8
     try:
-        native.library().moe(
-            h, norm, eps, router, correction_bias, choice, weighting, gate_up, down, sizes, shared, shared_sizes
-        )
+        for part in (h,) if packed or h.dim() != 2 else h.split(MOST_DENSE_TOKENS):
+            native.library().moe(
+                part, norm, eps, router, correction_bias, choice, weighting, gate_up, down, sizes, shared, shared_sizes
+            )
     except ValueError as error:
         raise InputError(f"moe: {error}") from None
 

@@ -14,15 +14,16 @@ __all__ = ["rope_cache"]
 
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
 _LIBRARY.define(
-    "rope_cache(Tensor qkv, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, Tensor sin, Tensor position, "
+    "rope_cache(Tensor qkv, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, Tensor? position, "
     "Tensor seq, Tensor slot, bool interleaved, Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, "
     "Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) -> ()"
 )
 
 
 def rope_cache(
-    qkv: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cos: torch.Tensor, sin: torch.Tensor,
-    position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool = False,
+    qkv: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cos: torch.Tensor | None,
+    sin: torch.Tensor | None, position: torch.Tensor | None, seq: torch.Tensor, slot: torch.Tensor,
+    interleaved: bool = False,
     q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 0.0,
     k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -33,7 +34,8 @@ def rope_cache(
         q: ``[T, H, D]`` of the cache's dtype (bfloat16 beside int8), written.
         k: ``[S, Hk, C, D]`` float32, bfloat16, float16 or int8, contiguous; ``k[seq[t], :, slot[t]]`` is written.
         v: likewise.
-        cos: ``[positions, R / 2]`` float32, R even and at most D: the first R values of a head are rotated.
+        cos: ``[positions, R / 2]`` float32, R even and at most D: the first R values of a head are rotated; None with sin and
+            position: the heads are rotated already.
         sin: likewise.
         position: ``[T]`` int32, rows of cos and sin.
         seq: ``[T]`` int32, in ``[0, S)``.

@@ -17,9 +17,25 @@ const float* head_norm(const char* name, const Optional<TensorView>& t, int64_t 
   return check_floats(name, *t, {dim});
 }
 
-void rope_cache(TensorView qkv, Optional<TensorView> q_norm, Optional<TensorView> k_norm, double eps, TensorView cos,
-                TensorView sin, TensorView position, TensorView seq, TensorView slot, bool interleaved, TensorView q,
-                TensorView k, TensorView v, Optional<TensorView> k_scale, Optional<TensorView> v_scale) {
+// Fills in the tables and the tokens' rows in them; returns the number of rows.
+int64_t take_tables(RopeCacheParams& p, const Optional<TensorView>& cos, const Optional<TensorView>& sin,
+                    const Optional<TensorView>& position) {
+  if (!cos.has_value()) return 0;
+  if (!sin.has_value() || !position.has_value())
+    TVM_FFI_THROW(ValueError) << "cos: expected sin and position beside it";
+  const TensorView table = *cos;
+  p.cos = check_floats("cos", table, {-1, -1}), p.sin = check_floats("sin", *sin, {table.size(0), table.size(1)});
+  check_contiguous("cos", table), check_contiguous("sin", *sin);
+  p.rotary = 2 * table.size(1);
+  if (p.rotary > p.dim) TVM_FFI_THROW(ValueError) << "cos: expected at most " << p.dim / 2 << " columns";
+  p.position = check_i32("position", *position, p.tokens);
+  return table.size(0);
+}
+
+void rope_cache(TensorView qkv, Optional<TensorView> q_norm, Optional<TensorView> k_norm, double eps,
+                Optional<TensorView> cos, Optional<TensorView> sin, Optional<TensorView> position, TensorView seq,
+                TensorView slot, bool interleaved, TensorView q, TensorView k, TensorView v,
+                Optional<TensorView> k_scale, Optional<TensorView> v_scale) {
   RopeCacheParams p{};
   CacheShape cache = cache_shape(k, v);
   add_scales(cache, k_scale, v_scale);
@@ -33,17 +49,13 @@ void rope_cache(TensorView qkv, Optional<TensorView> q_norm, Optional<TensorView
   p.qkv_stride = qkv.stride(0);
   p.q_norm = head_norm("q_norm", q_norm, p.dim), p.k_norm = head_norm("k_norm", k_norm, p.dim);
   p.eps = static_cast<float>(eps);
-  p.cos = check_floats("cos", cos, {-1, -1}), p.sin = check_floats("sin", sin, {cos.size(0), cos.size(1)});
-  check_contiguous("cos", cos), check_contiguous("sin", sin);
-  p.rotary = 2 * cos.size(1);
-  if (p.rotary > p.dim) TVM_FFI_THROW(ValueError) << "cos: expected at most " << p.dim / 2 << " columns";
-  p.position = check_i32("position", position, p.tokens);
+  const int64_t positions = take_tables(p, cos, sin, position);
   p.seq = check_i32("seq", seq, p.tokens), p.slot = check_i32("slot", slot, p.tokens);
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
   p.k_scale = cache.k_scale, p.v_scale = cache.v_scale;
   p.seq_stride = cache.seq_stride, p.head_stride = cache.head_stride;
   p.interleaved = interleaved, p.dtype = static_cast<int>(cache.dtype);
-  check_rows({p.position, p.seq, p.slot}, p.tokens, cos.size(0), cache);
+  check_rows({p.position, p.seq, p.slot}, p.tokens, positions, cache);
   const int64_t units = p.tokens * (p.heads + 2 * p.kv_heads);
   run_or_record(
       [p, units](const Team& team) {

@@ -29,17 +29,20 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rope_cache(
-    qkv: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cos: torch.Tensor, sin: torch.Tensor,
-    position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool = False,
+    qkv: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cos: torch.Tensor | None,
+    sin: torch.Tensor | None, position: torch.Tensor | None, seq: torch.Tensor, slot: torch.Tensor,
+    interleaved: bool = False,
     q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 0.0,
     k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Arguments as of :func:`llmopt.ops.rope_cache.rope_cache`; q, k and v are written, and their scales."""
     heads, kv_heads, dim = q.shape[1], k.shape[1], k.shape[3]
     queries, keys, values = qkv.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
-    cos, sin = cos[position.long()], sin[position.long()]
-    q.copy_(rotate(rms_norm(queries, q_norm, eps), cos, sin, interleaved=interleaved))
-    keys = rotate(rms_norm(keys, k_norm, eps), cos, sin, interleaved=interleaved)
+    queries, keys = rms_norm(queries, q_norm, eps), rms_norm(keys, k_norm, eps)
+    if cos is not None and sin is not None and position is not None:
+        rows = cos[position.long()], sin[position.long()]
+        queries, keys = (rotate(x, *rows, interleaved=interleaved) for x in (queries, keys))
+    q.copy_(queries)
     for x, cache, scales in ((keys, k, k_scale), (values, v, v_scale)):
         if scales is not None:
             x, scales[seq.long(), :, slot.long()] = quantize(x)

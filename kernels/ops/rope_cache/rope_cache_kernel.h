@@ -76,8 +76,10 @@ void rope_cache_heads(const RopeCacheParams& p, int64_t begin, int64_t end) {
     if (query || key) {
       const float* weight = query ? p.q_norm : p.k_norm;
       if (weight) norm_head(x, weight, p.dim, p.eps);
-      const float *cos = p.cos + p.position[token] * half, *sin = p.sin + p.position[token] * half;
-      p.interleaved ? rotate_pairs(x, cos, sin, half) : rotate_halves(x, cos, sin, half);
+      if (p.cos) {
+        const float *cos = p.cos + p.position[token] * half, *sin = p.sin + p.position[token] * half;
+        p.interleaved ? rotate_pairs(x, cos, sin, half) : rotate_halves(x, cos, sin, half);
+      }
     }
     if (query) {
       store_head<kDType == 3 ? 1 : kDType>(x, p.q, (token * p.heads + head) * p.dim, p.dim);
