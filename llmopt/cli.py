@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
+from llmopt import cli_cache
 from llmopt.errors import CheckpointError, InputError, LlmoptError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ app = typer.Typer(
     help="Make Hugging Face causal LMs (ERNIE 4.5, DeepSeek, Qwen3) fast, and measure what each optimization gained.",
     epilog="Exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted.",
 )
+
+app.add_typer(cli_cache.app, name="cache")
 
 _Passes = Annotated[
     str | None,

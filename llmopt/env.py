@@ -2,6 +2,7 @@
 
 LLMOPT_ISA       portable | avx2 | avx512 | amx   force the CPU kernels to one instruction set (default: the best)
 LLMOPT_LIBRARY   path                             load this kernel library instead of the installed one
+LLMOPT_CACHE     path                             where compiled libraries are kept (default: ~/.cache/llmopt)
 """
 
 from __future__ import annotations
@@ -28,3 +29,12 @@ def library_override() -> Path | None:
     """Kernel library path asked for by LLMOPT_LIBRARY, or None."""
     value = os.environ.get("LLMOPT_LIBRARY")
     return Path(value) if value else None
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: LLMOPT_CACHE, or as the XDG base directories have it."""
+    value = os.environ.get("LLMOPT_CACHE")
+    if value:
+        return Path(value)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "llmopt"

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from llmopt.errors import InputError
 from llmopt.passes.base import Pass
+from llmopt.passes.compile_tvm import CompileTvm
 from llmopt.passes.fuse_kernels import FuseKernels
 from llmopt.passes.quantize_gptq import QuantizeGptq
 from llmopt.passes.swap_flash_attention import SwapFlashAttention
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (QuantizeGptq, SwapFlashAttention, FuseKernels)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (QuantizeGptq, SwapFlashAttention, FuseKernels, CompileTvm)}
 
-__all__ = ["PASSES", "FuseKernels", "QuantizeGptq", "SwapFlashAttention", "choose"]
+__all__ = ["PASSES", "CompileTvm", "FuseKernels", "QuantizeGptq", "SwapFlashAttention", "choose"]
 
 
 def choose(passes: Sequence[str | Pass] | None) -> list[Pass]:

@@ -1,0 +1,123 @@
+"""The compiled engine for the modules as they are now, and where its compiled library comes from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmopt
+from llmopt import native
+from llmopt.models.base import ResolvedModel
+from llmopt.passes.compile_tvm.cache import Cache, RefusedEntryError
+from llmopt.passes.compile_tvm.compiled import Built, Machine, build, export, load, target
+from llmopt.passes.compile_tvm.engine import TvmEngine
+from llmopt.runtime.generate import Generation
+
+_VERSIONS = ("apache-tvm", "apache-tvm-ffi", "torch")
+
+
+class Current:
+    """The engine behind ``generate``: made when first asked for, forgotten when patches change.
+
+    Args:
+        resolved: the model.
+        on_disk: look for compiled libraries there, and keep new ones.
+
+    Attributes:
+        built: what the engine runs.
+        facts: for the receipt: seconds of compiling or loading, and what the cache had.
+    """
+
+    def __init__(self, resolved: ResolvedModel, on_disk: bool) -> None:
+        self._resolved, self._on_disk = resolved, on_disk
+        self._under: Generation | None = None
+        self._engine: TvmEngine | None = None
+        self._machines: dict[str, Machine] = {}
+        self.facts: dict[str, Any] = {}
+
+    def switched(self, under: Generation | None) -> None:
+        """Patches have changed: ``generate`` now stands before ``under``, of fuse_kernels, or before the model's own."""
+        self._under, self._engine = under, None
+
+    def get(self) -> TvmEngine:
+        """The engine, compiled if this process has not compiled or loaded it yet."""
+        if self._engine is None:
+            engine = TvmEngine(self._resolved, self._under.engine() if self._under else None)
+            made_from = _made_from(engine)
+            key = str(made_from)
+            if key not in self._machines:
+                self._machines[key] = self._machine(engine, made_from)
+            engine.machine = self._machines[key]
+            self._engine = engine
+        return self._engine
+
+    def _machine(self, engine: TvmEngine, made_from: dict[str, Any]) -> Machine:
+        started = time.perf_counter()
+        self.facts = {"cache": "off"}
+        built = self._from_disk(engine, made_from) if self._on_disk else _build(engine)
+        machine = Machine(built)
+        self.facts["compile_s"] = time.perf_counter() - started
+        return machine
+
+    def _from_disk(self, engine: TvmEngine, made_from: dict[str, Any]) -> Built:
+        cache = Cache()
+        with cache.building(made_from):
+            try:
+                entry = cache.find(made_from)
+                self.facts["cache"] = "built"
+            except RefusedEntryError as error:
+                entry = None
+                self.facts["cache"] = f"built anew: {error}"
+            if entry is not None:
+                self.facts["cache"] = "found"
+                return Built(load(entry.library), entry.kernels)
+            built = _build(engine)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "module.so"
+                try:
+                    export(built, file)
+                except RuntimeError as error:
+                    # linking takes a C compiler
+                    self.facts["cache"] = f"built, not kept: {str(error).splitlines()[0]}"
+                    return built
+                cache.add(made_from, built.kernels, file)
+            return built
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model has an engine of its own, over its own modules
+        return {**vars(self), "_engine": None, "_machines": {}}
+
+
+def _build(engine: TvmEngine) -> Built:
+    return build(list(engine.kinds.values()), engine.hidden_size)
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of what compiles: this folder, which changes more often than the version."""
+    texts = (file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def _made_from(engine: TvmEngine) -> dict[str, Any]:
+    """All that decides what is compiled: parts, processor, versions, and how our ops are called."""
+    names = sorted(name for name in dir(torch.ops.llmopt) if not name.startswith("_"))
+    return {
+        "parts": list(engine.kinds),
+        "hidden_size": engine.hidden_size,
+        "target": target(),
+        "isa": native.active_isa(),
+        "machine": platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        "llmopt": llmopt.__version__,
+        "sources": _sources(),
+        "ops": names,
+    }

@@ -1,0 +1,69 @@
+"""The compiled step beside the model without it: the same tokens, logits of each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llmopt.errors import PassError
+from llmopt.passes.base import PassContext
+from llmopt.runtime.engine import Engine
+from llmopt.runtime.step import DecodeStep
+
+_PROMPT, _TOKENS = 16, 16
+# mean KL divergence in nats a token from which the outputs are taken for wrong: far above what rounding does in bfloat16
+_MOST_KL = 0.02
+
+
+@torch.no_grad()
+def verify(ctx: PassContext, engine: Engine, tokens: int = _TOKENS) -> dict[str, Any]:
+    """Decode greedily without the pass, then the same tokens by ``engine``.
+
+    Args:
+        ctx: of the pass, whose patch is off.
+        engine: the compiled one.
+        tokens: to decode.
+
+    Returns:
+        ``tokens``, how many of them ``agree``, and ``mean_kl`` in nats a token.
+
+    Raises:
+        PassError: the outputs are others, or not finite.
+    """
+    model: Any = ctx.model
+    generator = torch.Generator().manual_seed(ctx.seed)
+    drawn = torch.randint(0, ctx.resolved.vocab_size, (_PROMPT,), generator=generator)
+    prompt = (ctx.calibration[0] if ctx.calibration else drawn)[:_PROMPT][None]
+    mask = torch.ones_like(prompt)
+    out = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+    )  # fmt: skip
+    chosen, expected = out.sequences[0, prompt.shape[1] :], torch.stack([x[0].float() for x in out.logits])
+    cache = engine.new_cache(1, prompt.shape[1] + tokens + 1)
+    got = [engine.prefill(prompt, None, cache)[0]]
+    step = DecodeStep(engine, cache)
+    step.start(cache.length - cache.start)
+    for token in chosen[:-1]:
+        step.ids.fill_(token)
+        step.run()
+        cache.length += 1
+        got.append(step.logits[0].clone())
+    return compared(expected, torch.stack(got))
+
+
+def compared(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
+    """Logits ``[T, V]`` beside each other.
+
+    Raises:
+        PassError: they are too far apart, or not finite.
+    """
+    if not bool(got.isfinite().all()):
+        raise PassError("compile_tvm: the compiled step gives NaN or Inf")
+    p, q = expected.log_softmax(-1), got.log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    agree = int((expected.argmax(-1) == got.argmax(-1)).sum())
+    if kl > _MOST_KL:
+        raise PassError(f"compile_tvm: the compiled step gives other logits: mean KL {kl:.3g} nats a token")
+    return {"tokens": len(got), "agree": agree, "mean_kl": kl}
