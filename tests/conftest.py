@@ -37,6 +37,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", metafunc.config.llmopt_isas, indirect=True)  # type: ignore[attr-defined]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What compile_tvm keeps, it keeps for the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """One instruction set of this processor, in force for the test."""

@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import llmopt
+import llmopt.ops
 from llmopt import native
 from llmopt.models.base import ResolvedModel
 from llmopt.passes.compile_tvm.cache import Cache, RefusedEntryError
@@ -102,14 +101,17 @@ def _build(engine: TvmEngine) -> Built:
 
 @functools.cache
 def _sources() -> str:
-    """A hash of what compiles: this folder, which changes more often than the version."""
-    texts = (file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    """A hash of what is compiled and of what compiles it, which change more often than the version."""
+    runtime, ops = Path(llmopt.__file__).parent / "runtime", Path(llmopt.ops.__file__).parent
+    files = [*Path(__file__).parent.glob("*.py"), *runtime.glob("*.py"), *ops.glob("*/__init__.py")]
+    texts = [file.read_bytes() for file in sorted(files)]
+    library = native.library_path()
+    assert library is not None
+    return hashlib.sha256(b"\0".join([*texts, library.read_bytes()])).hexdigest()
 
 
 def _made_from(engine: TvmEngine) -> dict[str, Any]:
-    """All that decides what is compiled: parts, processor, versions, and how our ops are called."""
-    names = sorted(name for name in dir(torch.ops.llmopt) if not name.startswith("_"))
+    """All that decides what is compiled."""
     return {
         "parts": list(engine.kinds),
         "hidden_size": engine.hidden_size,
@@ -119,5 +121,4 @@ def _made_from(engine: TvmEngine) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "llmopt": llmopt.__version__,
         "sources": _sources(),
-        "ops": names,
     }

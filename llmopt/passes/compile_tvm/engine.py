@@ -73,6 +73,7 @@ class TvmEngine(StepEngine):
 
     Attributes:
         kinds: the parts to compile, one of each kind, by signature.
+        tensors: of each part, as TVM takes them.
         machine: what calls them; set before the first step.
     """
 
@@ -88,7 +89,7 @@ class TvmEngine(StepEngine):
             signature = part.signature()
             self.kinds.setdefault(signature, part)
             self._names.append(f"part_{list(self.kinds).index(signature)}")
-        self._tensors = [[as_argument(_aligned(t)) for t in tensors_of(part.block)] for part in parts]
+        self.tensors = [[as_argument(_aligned(t)) for t in tensors_of(part.block)] for part in parts]
         self.machine: Machine | None = None
 
     def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -96,7 +97,7 @@ class TvmEngine(StepEngine):
         self.embed(ids, h)
         with self.machine as kept:
             stream = as_argument(h)
-            for i, (name, tensors) in enumerate(zip(self._names, self._tensors, strict=True)):
+            for i, (name, tensors) in enumerate(zip(self._names, self.tensors, strict=True)):
                 attention = i % 2 == 0 and i < len(self.halves)
                 place = [as_argument(t) for t in place_of(ctx, i // 2)] if attention else []
                 stream = self.machine.call(name, stream, *tensors, *place)

@@ -154,10 +154,19 @@ def _rms_norm(node: torch.fx.Node, importer: Any) -> Any:
     )  # fmt: skip
 
 
+def _index_select(node: torch.fx.Node, importer: Any) -> Any:
+    from tvm import relax
+
+    x, dim, index = node.args
+    # the importer's own takes any index for a good one
+    return importer.block_builder.emit(relax.op.take(importer.env[x], importer.env[index], dim, mode="clip"))
+
+
 def converters(graph: torch.fx.Graph) -> dict[str, Callable[[torch.fx.Node, Any], Any]]:
     """Converters for the ops of ours in a graph, and for what the importer does not know."""
     found: dict[str, Callable[[torch.fx.Node, Any], Any]] = {
         "rms_norm.default": _rms_norm,
+        "index_select.default": _index_select,
         # what an op writes is allocated where it is called
         "empty.memory_format": lambda node, importer: None,
     }
