@@ -236,7 +236,7 @@ class _Run:
         try:
             applied = self._apply(item, ctx, row)
             if self.measure:
-                self._judge(row, applied, receipt)
+                self._judge(row, item, applied, receipt)
         except (LlmoptError, RuntimeError, ArithmeticError, ValueError, MemoryError) as error:
             self.stages.show(self._patches())
             if isinstance(error, InputError) or error is self._callback_error:
@@ -268,7 +268,7 @@ class _Run:
 
     # ---- verdicts
 
-    def _judge(self, row: PassRow, applied: Applied, receipt: Receipt) -> None:
+    def _judge(self, row: PassRow, item: Pass, applied: Applied, receipt: Receipt) -> None:
         """Verify outputs, then time against the stage before; fills the row and decides."""
         assert self.quality_ref is not None
         assert self.last_quality is not None
@@ -288,7 +288,8 @@ class _Run:
         whole = timing.request_ratio(before, after, receipt.request_tokens)
         row.details["request_ratio"] = dataclasses.asdict(whole)
         row.break_even_tokens = _break_even(row.apply_s, before, after)
-        row.verdict, row.reason = judge_speed(whole, receipt.plan.prompt_tokens, receipt.request_tokens)
+        tokens = receipt.plan.prompt_tokens, receipt.request_tokens
+        row.verdict, row.reason = judge_speed(whole, *tokens, must_gain=item.must_gain)
         if row.verdict == "kept":
             self.last_quality = quality
 
@@ -319,15 +320,17 @@ class _Run:
         }
 
 
-def judge_speed(whole: Any, prompt_tokens: int, decode_tokens: int) -> tuple[Literal["kept", "undone"], str]:
-    """Verdict from the ratio old / new of whole requests: undone only when slower beyond noise and margin."""
+def judge_speed(
+    whole: Any, prompt_tokens: int, decode_tokens: int, *, must_gain: bool = False
+) -> tuple[Literal["kept", "undone"], str]:  # fmt: skip
+    """Verdict from the ratio old / new of whole requests: undone when slower beyond noise and margin, or without a gain."""
     figures = f"{whole.value:.2f}x [{whole.low:.2f}, {whole.high:.2f}]"
     request = f"a request of {prompt_tokens} + {decode_tokens} tokens"
     if whole.high < 1 and whole.value < 1 - MARGIN:
         return "undone", f"slower: {request} runs at {figures} of the stage before"
     if whole.low > 1 and whole.value > 1 + MARGIN:
         return "kept", f"faster: {request} runs at {figures}"
-    return "kept", f"no difference beyond noise: {figures}"
+    return "undone" if must_gain else "kept", f"no difference beyond noise: {figures}"
 
 
 @functools.cache

@@ -167,6 +167,7 @@ class Pass(ABC):
     name: ClassVar[str]
     phase: ClassVar[Phase]
     needs_calibration: ClassVar[bool] = False
+    must_gain: ClassVar[bool] = False  # undone also where no gain is found: it costs something every time it is applied
 
     def options(self) -> dict[str, Any]:
         """The fields and their values, JSON-serialisable."""

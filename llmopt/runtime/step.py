@@ -27,6 +27,7 @@ class DecodeStep:
         ids: ``[S * M]`` int64, the tokens to decode next, the last one first. A run replaces each by the greedy choice of
             what follows it.
         logits: ``[S * M, V]`` float32, of the last run, in the same order; of a greedy step only after :meth:`complete`.
+        hidden: ``[S * M, H]`` float32, before the final norm, of the last run.
         wider: steps of more tokens over the same cache, by M; whoever needs one makes it.
     """
 
@@ -37,7 +38,7 @@ class DecodeStep:
         self.ids = torch.zeros(rows, dtype=torch.int64)
         self.logits = torch.empty(rows, engine.vocab_size)
         self.greedy = greedy
-        self._engine, self._screened = engine, greedy and engine.screens(rows)
+        self._engine, self.screened = engine, greedy and engine.screens(rows)
         # the last token first: attention takes tokens that follow each other for one run, and cuts that run's keys in
         # another way than a single token's. So each is a run of its own, with the numbers it has when decoded alone.
         self._ahead = torch.arange(tokens - 1, -1, -1, dtype=torch.int32).repeat(cache.sequences)
@@ -47,7 +48,7 @@ class DecodeStep:
             torch.zeros(rows, dtype=torch.int32),
         )
         self.rope = engine.rope(cache.capacity)
-        self._hidden = torch.empty(rows, engine.hidden_size)
+        self.hidden = torch.empty(rows, engine.hidden_size)
         self._program = engine.program(self)
 
     def make_calls(self) -> object:
@@ -55,18 +56,18 @@ class DecodeStep:
         engine, context = self._engine, Context(self.rows, self.cache, self.rope, Workspace(recorded=True))
         # the rows hold the last token's place; a step begins by moving on
         advance(self.rows.position, self.rows.slot)
-        self._hidden = engine.decode(self.ids, self._hidden, context)
-        if self._screened:
-            engine.greedy(self._hidden, self.ids)
+        self.hidden = engine.decode(self.ids, self.hidden, context)
+        if self.screened:
+            engine.greedy(self.hidden, self.ids)
         else:
-            engine.logits(self._hidden, self.logits)
+            engine.logits(self.hidden, self.logits)
             next_token(self.logits, self.ids)
         return context, self.cache.tensors()
 
     def complete(self) -> None:
         """Make sure that ``logits`` are those of the last run."""
-        if self._screened:
-            self._engine.logits(self._hidden, self.logits)
+        if self.screened:
+            self._engine.logits(self.hidden, self.logits)
 
     def fits(self, cache: KVCache, engine: Engine) -> bool:
         """True while what was recorded is what would be recorded now, of these modules."""

@@ -15,9 +15,10 @@ import llmopt
 import llmopt.ops
 from llmopt import native
 from llmopt.models.base import ResolvedModel
-from llmopt.passes.compile_tvm.cache import Cache, RefusedEntryError
+from llmopt.passes.compile_tvm.cache import Cache, RefusedEntryError, key_of
 from llmopt.passes.compile_tvm.compiled import Built, Machine, build, export, load, target
-from llmopt.passes.compile_tvm.engine import TvmEngine
+from llmopt.passes.compile_tvm.engine import StepEngine, TvmEngine
+from llmopt.passes.compile_tvm.inductor import InductorEngine
 from llmopt.runtime.generate import Generation
 
 _VERSIONS = ("apache-tvm", "apache-tvm-ffi", "torch")
@@ -28,17 +29,18 @@ class Current:
 
     Args:
         resolved: the model.
-        on_disk: look for compiled libraries there, and keep new ones.
+        backend: "tvm" or "inductor".
+        on_disk: look for TVM's libraries there, and keep new ones.
 
     Attributes:
-        built: what the engine runs.
-        facts: for the receipt: seconds of compiling or loading, and what the cache had.
+        backend: may be changed; :meth:`switched` then.
+        facts: for the receipt: seconds of compiling or loading by TVM, and what the cache had.
     """
 
-    def __init__(self, resolved: ResolvedModel, on_disk: bool) -> None:
-        self._resolved, self._on_disk = resolved, on_disk
+    def __init__(self, resolved: ResolvedModel, backend: str, on_disk: bool) -> None:
+        self._resolved, self.backend, self._on_disk = resolved, backend, on_disk
         self._under: Generation | None = None
-        self._engine: TvmEngine | None = None
+        self._engine: StepEngine | None = None
         self._machines: dict[str, Machine] = {}
         self.facts: dict[str, Any] = {}
 
@@ -46,17 +48,24 @@ class Current:
         """Patches have changed: ``generate`` now stands before ``under``, of fuse_kernels, or before the model's own."""
         self._under, self._engine = under, None
 
-    def get(self) -> TvmEngine:
-        """The engine, compiled if this process has not compiled or loaded it yet."""
+    def get(self) -> StepEngine:
+        """The engine; TVM's is compiled if this process has not compiled or loaded it yet."""
         if self._engine is None:
-            engine = TvmEngine(self._resolved, self._under.engine() if self._under else None)
-            made_from = _made_from(engine)
-            key = str(made_from)
-            if key not in self._machines:
-                self._machines[key] = self._machine(engine, made_from)
-            engine.machine = self._machines[key]
-            self._engine = engine
+            self._engine = self.make(self.backend)
         return self._engine
+
+    def make(self, backend: str) -> StepEngine:
+        """A new engine for the modules as they are now."""
+        under = self._under.engine() if self._under else None
+        if backend == "inductor":
+            return InductorEngine(self._resolved, under)
+        engine = TvmEngine(self._resolved, under)
+        made_from = _made_from(engine)
+        key = key_of(made_from)
+        if key not in self._machines:
+            self._machines[key] = self._machine(engine, made_from)
+        engine.machine = self._machines[key]
+        return engine
 
     def _machine(self, engine: TvmEngine, made_from: dict[str, Any]) -> Machine:
         started = time.perf_counter()

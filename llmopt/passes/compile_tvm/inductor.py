@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,52 +11,68 @@ import torch
 from llmopt.ops.next_token import next_token
 from llmopt.passes.compile_tvm.engine import StepEngine
 from llmopt.runtime.blocks import Context, Rope, Workspace
+from llmopt.runtime.cache import KVCache
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.step import DecodeStep
 
 
 class InductorEngine(StepEngine):
-    """Decodes by a function that Inductor compiled, one a number of tokens."""
+    """Decodes by functions that Inductor compiled, each for one number of sequences and tokens, when first run."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._steps: dict[int, Callable[..., Any]] = {}
+        self._steps: dict[tuple[int, int, bool], Callable[..., Any]] = {}
 
     def program(self, step: DecodeStep) -> Any:
-        tokens = len(step.ids)
-        if tokens not in self._steps:
+        shape, cache = (len(step.ids), step.cache.sequences, step.screened), _apart(step.cache)
+        for tensor, dim in [*((t, 2) for t in cache.tensors()), (step.rope.cos, 0), (step.rope.sin, 0)]:
+            torch._dynamo.mark_dynamic(tensor, dim)  # type: ignore[no-untyped-call]
+        if shape not in self._steps:
             # the model's own tensors do not change while the engine stands: no guard need look at them in every step
             options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-            self._steps[tokens] = torch.compile(self._whole, fullgraph=True, options=options)
-        return _Calls(self._steps[tokens], step)
+            self._steps[shape] = torch.compile(self._whole, fullgraph=True, options=options)
+        return _Calls(self._steps[shape], step, cache)
 
     def _whole(
         self, ids: torch.Tensor, position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, cos: torch.Tensor,
-        sin: torch.Tensor, cache: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        sin: torch.Tensor, cache: Any, screened: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Hidden states, the next tokens, and logits where they are needed for those."""
         ctx = Context(Rows(position, seq, slot), cache, Rope(cos, sin, self._interleaved), Workspace(recorded=True))
-        h = torch.empty(ids.shape[0], self.hidden_size)
-        h = self.decode(ids, h, ctx)
+        h = self.decode(ids, torch.empty(ids.shape[0], self.hidden_size), ctx)
+        chosen = torch.empty_like(ids)
+        if screened:
+            self.greedy(h, chosen)
+            return h, chosen, None
         logits = torch.empty(ids.shape[0], self.vocab_size)
         self.logits(h, logits)
-        chosen = torch.empty_like(ids)
         next_token(logits, chosen)
-        return logits, chosen
+        return h, chosen, logits
+
+
+def _apart(cache: KVCache) -> KVCache:
+    """The same memory, layer by layer: of tensors that are views of one block, torch compiles in where each begins."""
+    apart = copy.copy(cache)
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        setattr(apart, name, [torch.from_dlpack(t) for t in getattr(cache, name)])
+    return apart
 
 
 class _Calls:
     """Runs a compiled step on the tensors of a :class:`DecodeStep`."""
 
-    def __init__(self, function: Callable[..., Any], step: DecodeStep) -> None:
-        self._function, self._step = function, step
+    def __init__(self, function: Callable[..., Any], step: DecodeStep, cache: KVCache) -> None:
+        self._function, self._step, self._cache = function, step, cache
 
     def run(self, times: int = 1) -> None:
         step = self._step
         for _ in range(times):
             step.rows.position += 1
             step.rows.slot += 1
-            logits, chosen = self._function(
-                step.ids, step.rows.position, step.rows.seq, step.rows.slot, step.rope.cos, step.rope.sin, step.cache
-            )
-            step.logits.copy_(logits)
+            step.hidden, chosen, logits = self._function(
+                step.ids, step.rows.position, step.rows.seq, step.rows.slot, step.rope.cos, step.rope.sin, self._cache,
+                step.screened,
+            )  # fmt: skip
             step.ids.copy_(chosen)
+            if logits is not None:
+                step.logits.copy_(logits)

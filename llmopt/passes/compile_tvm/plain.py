@@ -119,8 +119,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved:
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
-        pairs = turned.unflatten(-1, (half, 2))
-        a, b = pairs[..., 0], pairs[..., 1]
+        a, b = turned[..., ::2], turned[..., 1::2]
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     else:
         a, b = turned[..., :half], turned[..., half:]

@@ -46,11 +46,13 @@ def verify(ctx: PassContext, engine: Engine, tokens: int = _TOKENS) -> dict[str,
     chosen, expected = out.sequences[0, prompt.shape[1] :], torch.stack([x[0].float() for x in out.logits])
     cache = engine.new_cache(1, prompt.shape[1] + tokens + 1)
     got = [engine.prefill(prompt, None, cache)[0]]
-    step = DecodeStep(engine, cache)
+    # greedy, as most steps are: a compiler then needs no second version for this
+    step = DecodeStep(engine, cache, greedy=True)
     step.start(cache.length - cache.start)
     for token in chosen[:-1]:
         step.ids.fill_(token)
         step.run()
+        step.complete()
         cache.length += 1
         got.append(step.logits[0].clone())
     rounds = any(isinstance(mlp, MoeBlock) or mlp.down.packed for _, mlp in engine.layers)

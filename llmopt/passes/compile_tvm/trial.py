@@ -1,0 +1,100 @@
+"""Which of two compilers made the faster step: both in turns, on this model and machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from llmopt.errors import PassError
+from llmopt.measure import stats
+from llmopt.passes.base import PassContext
+from llmopt.passes.compile_tvm.current import Current
+from llmopt.passes.compile_tvm.verify import verify
+from llmopt.runtime.engine import Engine
+from llmopt.runtime.step import DecodeStep
+
+_TOKENS, _MOST_ROUNDS, _SECONDS = 8, 15, 6.0
+
+
+class StepTimer:
+    """A greedy decode step over a cache of its own, which is taken for filled up to ``depth``.
+
+    Args:
+        engine: the model.
+        depth: slots before the first token; what they hold changes no time.
+        tokens: of a turn.
+    """
+
+    def __init__(self, engine: Engine, depth: int, tokens: int = _TOKENS) -> None:
+        self._depth, self._tokens = depth, tokens
+        cache = engine.new_cache(1, depth + tokens + 1)
+        for tensor in cache.tensors():
+            tensor.zero_()
+        cache.length = depth
+        self._step = DecodeStep(engine, cache, greedy=True)
+
+    def ms_per_token(self) -> float:
+        """Milliseconds a token of one turn."""
+        self._step.start(torch.tensor([self._depth]))
+        started = time.perf_counter()
+        for _ in range(self._tokens):
+            self._step.run()
+        return (time.perf_counter() - started) / self._tokens * 1e3
+
+
+@torch.no_grad()
+def compare(engines: dict[str, Engine], depth: int) -> dict[str, Any]:
+    """Time steps of the engines in turns.
+
+    Args:
+        engines: two of them, by name.
+        depth: at which they decode.
+
+    Returns:
+        ``ms_per_token`` of each, medians; ``ratio`` of the second's times to the first's, with a 95% interval; ``rounds``.
+    """
+    timers = {name: StepTimer(engine, depth) for name, engine in engines.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for timer in timers.values():
+        timer.ms_per_token()
+    began = time.perf_counter()
+    for done in range(_MOST_ROUNDS):
+        for name in sorted(timers, reverse=done % 2 == 1):
+            samples[name].append(timers[name].ms_per_token())
+        if done >= 4 and time.perf_counter() - began > _SECONDS:
+            break
+    first, second = samples.values()
+    return {
+        "ms_per_token": {name: statistics.median(ms) for name, ms in samples.items()},
+        "ratio": dataclasses.asdict(stats.ratio(second, first)),
+        "rounds": len(first),
+        "depth": depth,
+    }
+
+
+def against_inductor(ctx: PassContext, current: Current) -> dict[str, Any]:
+    """Compile the step by Inductor too, verify it, and time both.
+
+    Args:
+        ctx: of the pass, whose patch is off.
+        current: whose engine is TVM's.
+
+    Returns:
+        ``compile_s``, what :func:`verify` and :func:`compare` give (the ratio: Inductor's time to TVM's), and ``faster``:
+        Inductor beyond noise. Or ``failed``: why there is nothing to compare.
+    """
+    rival = current.make("inductor")
+    try:
+        started = time.perf_counter()
+        StepTimer(rival, ctx.prompt_tokens).ms_per_token()
+        seconds = time.perf_counter() - started
+        verified = verify(ctx, rival)
+    except (PassError, RuntimeError, OSError) as error:
+        # torch.compile fails in many ways, for want of a C++ compiler among others; TVM's step is there
+        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    found = compare({"tvm": current.get(), "inductor": rival}, ctx.prompt_tokens)
+    return {"compile_s": seconds, "verified": verified, **found, "faster": found["ratio"]["high"] < 1}
