@@ -15,8 +15,8 @@ import torch
 
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
-from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup, Speculation
+from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.step import DecodeStep
 
 

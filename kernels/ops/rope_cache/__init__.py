@@ -60,8 +60,8 @@ def rope_cache(
 
 
 def _cpu(
-    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, cos: torch.Tensor,
-    sin: torch.Tensor, position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool,
+    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, cos: torch.Tensor | None,
+    sin: torch.Tensor | None, position: torch.Tensor | None, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool,
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -74,8 +74,8 @@ def _cpu(
 
 
 def _fake(
-    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, cos: torch.Tensor,
-    sin: torch.Tensor, position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool,
+    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, cos: torch.Tensor | None,
+    sin: torch.Tensor | None, position: torch.Tensor | None, seq: torch.Tensor, slot: torch.Tensor, interleaved: bool,
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip

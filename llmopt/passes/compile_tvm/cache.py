@@ -1,8 +1,9 @@
-"""Compiled libraries on disk. A cache is code: an entry is loaded only from a private folder, whole, and made for this machine.
+"""Compiled libraries on disk. A cache is code: an entry is loaded only from a private folder, whole, and made for this
+machine.
 
-An entry is a folder named after its key, with the library and ``entry.json``: what was compiled, for which processor, by which
-versions, and the library's hash. It appears whole or not at all, since it is written elsewhere and renamed. What is found wanting
-is put aside and built anew.
+An entry is a folder named after its key, with the library and ``entry.json``: what was compiled, for which processor, by
+which versions, and the library's hash. It appears whole or not at all, since it is written elsewhere and renamed. What is
+found wanting is put aside and built anew.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class Cache:
                 file.chmod(0o600)
             final = self.folder / key
             if os.path.lexists(final):
-                os.rename(final, Path(new) / "old")
-            os.rename(made, final)
+                final.rename(Path(new) / "old")
+            made.rename(final)
         return self._read(final)
 
     @contextlib.contextmanager

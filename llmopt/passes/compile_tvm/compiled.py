@@ -56,9 +56,10 @@ def build(parts: list[Part], hidden_size: int) -> Built:
     where = tvm.target.Target(target())
     kernels: list[str] = []
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def lower(mod: Any, _ctx: Any) -> Any:
-        lowered = tvm.transform.Sequential([*pipeline.legalize_passes(where), *pipeline.dataflow_lower_passes(where)])(mod)
+        passes = [*pipeline.legalize_passes(where), *pipeline.dataflow_lower_passes(where)]
+        lowered = tvm.transform.Sequential(passes)(mod)
         # what comes later are functions that compute sizes, which the machine must call
         kernels.extend(var.name_hint for var, f in lowered.functions.items() if isinstance(f, tvm.tirx.PrimFunc))
         return tvm.transform.Sequential(pipeline.finalize_passes(where))(lowered)

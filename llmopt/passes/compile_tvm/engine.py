@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from llmopt.models.base import ResolvedModel
 from llmopt.passes.compile_tvm import plain
@@ -101,7 +102,7 @@ class TvmEngine(StepEngine):
                 attention = i % 2 == 0 and i < len(self.halves)
                 place = [as_argument(t) for t in place_of(ctx, i // 2)] if attention else []
                 stream = self.machine.call(name, stream, *tensors, *place)
-            out: torch.Tensor = torch.from_dlpack(stream)
+            out: torch.Tensor = from_dlpack(stream)
             for tensor in (*kept, stream):
                 ctx.work.keep(tensor)
         return out

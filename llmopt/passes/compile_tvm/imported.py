@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 CALL_OP = "llmopt.call_op"
 
@@ -30,7 +31,7 @@ KEPT = Kept()
 def call_op(spec: str, *tensors: Any) -> Any:
     """Call an op of ours on the tensors of a compiled function; ``spec`` is made by :class:`_OpCall`."""
     said = json.loads(spec)
-    found = [torch.from_dlpack(t) for t in tensors]
+    found = [from_dlpack(t) for t in tensors]
     if KEPT.tensors is not None:
         KEPT.tensors.extend(found)
     op = getattr(torch.ops.llmopt, said["op"]).default

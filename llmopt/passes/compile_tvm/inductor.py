@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from llmopt.ops.next_token import next_token
 from llmopt.passes.compile_tvm.engine import StepEngine
@@ -26,10 +27,10 @@ class InductorEngine(StepEngine):
     def program(self, step: DecodeStep) -> Any:
         shape, cache = (len(step.ids), step.cache.sequences, step.screened), _apart(step.cache)
         for tensor, dim in [*((t, 2) for t in cache.tensors()), (step.rope.cos, 0), (step.rope.sin, 0)]:
-            torch._dynamo.mark_dynamic(tensor, dim)  # type: ignore[no-untyped-call]
+            torch._dynamo.mark_dynamic(tensor, dim)
         if shape not in self._steps:
             # the model's own tensors do not change while the engine stands: no guard need look at them in every step
-            options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+            options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
             self._steps[shape] = torch.compile(self._whole, fullgraph=True, options=options)
         return _Calls(self._steps[shape], step, cache)
 
@@ -54,7 +55,7 @@ def _apart(cache: KVCache) -> KVCache:
     """The same memory, layer by layer: of tensors that are views of one block, torch compiles in where each begins."""
     apart = copy.copy(cache)
     for name in ("keys", "values", "key_scales", "value_scales"):
-        setattr(apart, name, [torch.from_dlpack(t) for t in getattr(cache, name)])
+        setattr(apart, name, [from_dlpack(t) for t in getattr(cache, name)])
     return apart
 
 

@@ -14,8 +14,8 @@ from llmopt.runtime.moe import MoeBlock
 from llmopt.runtime.step import DecodeStep
 
 _PROMPT, _TOKENS = 16, 16
-# least cosine of a token's centred logits, on the average. Quantized activations, and a router's choice, follow the last bits of
-# what comes before, and carry them further.
+# least cosine of a token's centred logits, on the average. Quantized activations, and a router's choice, follow the last bits
+# of what comes before, and carry them further.
 _ALIKE, _ALIKE_ROUNDED = 0.99, 0.9
 
 
@@ -70,8 +70,9 @@ def compared(expected: torch.Tensor, got: torch.Tensor, alike: float) -> dict[st
     p, q = expected.log_softmax(-1), got.log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     agree = int((expected.argmax(-1) == got.argmax(-1)).sum())
-    centred = (x - x.mean(-1, keepdim=True) for x in (expected, got))
-    cosine = float(functional.cosine_similarity(*centred, dim=-1).mean())
+    a, b = (x - x.mean(-1, keepdim=True) for x in (expected, got))
+    cosine = float(functional.cosine_similarity(a, b, dim=-1).mean())
     if not cosine >= alike:
-        raise PassError(f"compile_tvm: the compiled step gives other logits: cosine {cosine:.3g}, mean KL {kl:.3g} nats")
+        figures = f"cosine {cosine:.3g}, mean KL {kl:.3g} nats"
+        raise PassError(f"compile_tvm: the compiled step gives other logits: {figures}")
     return {"tokens": len(got), "agree": agree, "mean_kl": kl, "cosine": cosine}
