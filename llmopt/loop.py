@@ -200,7 +200,7 @@ class _Run:
         receipt = Receipt(self.resolved, self.stages, self.emit, self.random, self.baseline)
         ctx = PassContext(
             self.resolved, self.resolved.device, self.emit, calibration=self.calibration,
-            seed=self.seed, prompt_tokens=receipt.plan.prompt_tokens,
+            seed=self.seed, prompt_tokens=receipt.plan.prompt_tokens, timed=bool(self.measure),
         )  # fmt: skip
         if self.measure:
             self.emit(Event("stage", "baseline", "recording the eager baseline"))

@@ -150,6 +150,7 @@ class PassContext:
     calibration: Any = None  # list of 1-D int64 token tensors, made by passes.quantize_gptq.calibrate
     seed: int = 0
     prompt_tokens: int = 128  # the depth at which decode is measured
+    timed: bool = True  # False: the caller wants no measurements, so no long ones for a choice either
     trials: bool = True  # False: as recorded with the model; options that are given need no trial again
 
     @property

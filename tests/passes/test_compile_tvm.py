@@ -11,11 +11,12 @@ import torch
 
 import llmopt
 from llmopt import native
-from llmopt.errors import PassError
+from llmopt.errors import InputError, PassError
 from llmopt.measure.memory import current_rss
 from llmopt.models import FAMILIES, resolve_model
 from llmopt.passes import CompileTvm, FuseKernels
 from llmopt.passes.base import PassContext
+from llmopt.passes.compile_tvm import trial
 from llmopt.passes.compile_tvm.verify import compared, verify
 from llmopt.runtime.generate import engine_of
 from llmopt.runtime.step import DecodeStep
@@ -204,3 +205,56 @@ def test_without_tvm_it_says_how_to_get_it(tiny: Any, monkeypatch: pytest.Monkey
     verdict = CompileTvm().check(PassContext(resolved, resolved.device, lambda event: None))
     assert not verdict.applies
     assert "pip install llmopt[tvm]" in verdict.reason
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("family", ["qwen3", "ernie4_5_moe", "deepseek_v2"])
+def test_inductor_gives_the_same_tokens_for_any_batch(family: str, fused: bool, tiny: Any, token_rows: Any) -> None:
+    # two models in one process, and two batches: what was compiled for one must not serve another
+    for seed in (0, 1):
+        plain, model = tiny(family), tiny(family)
+        with torch.no_grad():
+            for changed in (plain, model):
+                changed.lm_head.weight.copy_(torch.randn_like(changed.lm_head.weight, generator=seeded(seed)))
+        passes = [*(["fuse_kernels"] if fused else []), CompileTvm(backend="inductor")]
+        llmopt.optimize(model, passes=passes, calibration=token_rows(2, 40), measure=False)
+        assert details_of(model)["verified"]["agree"] == 16
+        for ids in (token_rows(1, 12), token_rows(1, 40), token_rows(3, 12)):
+            assert torch.equal(decoded(plain, ids).sequences, decoded(model, ids).sequences)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_auto_keeps_the_faster_and_shows_both(tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ratio, kept in ((1.5, "tvm"), (0.5, "inductor")):
+        interval = {"value": ratio, "low": 0.9 * ratio, "high": 1.1 * ratio, "rounds": 5}
+        monkeypatch.setattr(trial, "compare", lambda engines, depth, said=interval: {"ratio": said})
+        resolved = resolve_model(tiny("qwen3"))
+        ctx = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 40)))
+        applied = CompileTvm().apply(ctx)
+        assert applied.details["backend"] == kept
+        assert applied.settled == {"backend": kept}
+        assert applied.details["inductor"]["verified"]["agree"] == 16
+        assert f"{ratio:.2f}x" in applied.coverage.implementations["Inductor"]
+        applied.patch.enable()
+        assert type(engine_of(resolved.model)).__name__ == {"tvm": "TvmEngine", "inductor": "InductorEngine"}[kept]
+
+
+def test_where_inductor_fails_tvm_stays(tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **named: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    resolved = resolve_model(tiny("qwen3"))
+    ctx = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 40)))
+    applied = CompileTvm().apply(ctx)
+    assert applied.details["backend"] == "tvm"
+    assert applied.coverage.implementations["Inductor"] == "failed: RuntimeError: no C++ compiler"
+
+
+@pytest.mark.parametrize("options", [{"backend": "gcc"}, {"cache": "yes"}])
+def test_bad_options_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        CompileTvm(**options)

@@ -95,7 +95,7 @@ class CompileTvm(Pass):
         if not ctx.trials:
             return details, {}
         details["verified"] = verify(ctx, engine)
-        if self.backend != "auto":
+        if self.backend != "auto" or not ctx.timed:
             return details, {}
         ctx.emit(Event("progress", self.name, "torch.compile on the same step"))
         details["inductor"] = trial.against_inductor(ctx, current)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,15 @@ class InductorEngine(StepEngine):
         if shape not in self._steps:
             # the model's own tensors do not change while the engine stands: no guard need look at them in every step
             options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-            self._steps[shape] = torch.compile(self._whole, fullgraph=True, options=options)
+            self._steps[shape] = torch.compile(self._fresh_whole(), fullgraph=True, options=options)
         return _Calls(self._steps[shape], step, cache)
+
+    def _fresh_whole(self) -> Callable[..., Any]:
+        # torch keeps what it compiled with the code of a function, and without guards would take one engine's for another's
+        function = type(self)._whole
+        code = function.__code__.replace(co_name=f"_whole_{id(self):x}_{len(self._steps)}")
+        fresh = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+        return types.MethodType(fresh, self)
 
     def _whole(
         self, ids: torch.Tensor, position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, cos: torch.Tensor,
