@@ -35,6 +35,6 @@ def cache_folder() -> Path:
     """Where things are kept that can be made again: LLMOPT_CACHE, or as the XDG base directories have it."""
     value = os.environ.get("LLMOPT_CACHE")
     if value:
-        return Path(value)
+        return Path(value).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "llmopt"

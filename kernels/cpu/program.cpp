@@ -46,9 +46,12 @@ struct Program {
         }
       }
     });
+    std::exception_ptr first;
     for (const auto& call : calls) {
-      if (call->error) std::rethrow_exception(std::exchange(call->error, nullptr));
+      const std::exception_ptr error = std::exchange(call->error, nullptr);
+      if (error && !first) first = error;
     }
+    if (first) std::rethrow_exception(first);
   }
 };
 

@@ -36,6 +36,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new states behind those seen, and return all of them, in the states' dtype: for a layer's own forward."""
+        if self.index == 0:
+            self.cache.order_for(own_layers=True)
         start, end = self.seen, self.seen + key_states.shape[-2]
         self.cache.reserve(end)
         self.seen = end

@@ -137,7 +137,7 @@ class Engine:
             ctx: rows, cache and workspace of the step.
 
         Returns:
-            Hidden states ``[T, H]`` before the final norm.
+            What :meth:`logits` and :meth:`greedy` take: hidden states ``[T, H]`` before the final norm.
         """
         self.embed(ids, h)
         self.run_layers(h, ctx)

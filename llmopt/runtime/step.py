@@ -27,7 +27,7 @@ class DecodeStep:
         ids: ``[S * M]`` int64, the tokens to decode next, the last one first. A run replaces each by the greedy choice of
             what follows it.
         logits: ``[S * M, V]`` float32, of the last run, in the same order; of a greedy step only after :meth:`complete`.
-        hidden: ``[S * M, H]`` float32, before the final norm, of the last run.
+        hidden: ``[S * M, H]`` float32 of the last run, as the engine's ``decode`` gives them.
         wider: steps of more tokens over the same cache, by M; whoever needs one makes it.
     """
 

@@ -209,7 +209,8 @@ def test_heads_that_are_rotated_already_are_only_written(dtype: torch.dtype, isa
         assert torch.equal(a, b)
 
 
-def test_tables_come_together() -> None:
+@pytest.mark.parametrize("missing", [["cos"], ["sin"], ["position"], ["cos", "sin"], ["cos", "position"]])
+def test_tables_come_together(missing: list[str]) -> None:
     inputs = SPEC.torch_arguments(**SPEC.make_inputs(Case("", {"tokens": 2, "heads": 2, "kv_heads": 1, "dim": 32}), 0))
     with pytest.raises(InputError, match="cos: expected sin and position beside it"):
-        rope_cache(**{**inputs, "sin": None})
+        rope_cache(**{**inputs, **dict.fromkeys(missing)})

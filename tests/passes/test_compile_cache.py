@@ -22,6 +22,9 @@ from llmopt.passes.compile_tvm.cache import Cache, RefusedEntryError, key_of
 MADE_FROM = {"parts": ["a", "b"], "target": {"mcpu": "x"}, "isa": "avx2", "versions": {"apache-tvm": "0.27"}}
 
 
+needs_tvm = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+
+
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
     file = tmp_path / "made.so"
@@ -75,14 +78,17 @@ def linked(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (truncated, "not the file that was written"),
-    "one_bit": (one_bit, "not the file that was written"),
+    "truncated": (truncated, "not what was written"),
+    "one_bit": (one_bit, "not what was written"),
     "no_library": (lambda f: (f / "module.so").unlink(), "No such file"),
     "no_entry": (lambda f: (f / "entry.json").unlink(), "No such file"),
     "not_json": (lambda f: (f / "entry.json").write_text("{"), "not an entry's description"),
     "no_hash": (rewritten(lambda s: s.pop("sha256")), "not an entry's description"),
-    "foreign_machine": (rewritten(lambda s: s["made_from"].update(isa="amx")), "something else than its name says"),
-    "foreign_version": (rewritten(lambda s: s["made_from"].update(versions={})), "something else than its name says"),
+    "not_a_mapping": (lambda f: (f / "entry.json").write_text("[]"), "not an entry's description"),
+    "foreign_machine": (rewritten(lambda s: s["made_from"].update(isa="amx")), "not what was written"),
+    "foreign_version": (rewritten(lambda s: s["made_from"].update(versions={})), "not what was written"),
+    "fewer_kernels": (rewritten(lambda s: s.update(kernels=[])), "not what was written"),
+    "writable_parent": (lambda f: f.parent.parent.chmod(0o777), "others may write"),
     "writable_library": (lambda f: (f / "module.so").chmod(0o666), "others may write"),
     "writable_entry": (lambda f: (f / "entry.json").chmod(0o620), "others may write"),
     "writable_folder": (lambda f: f.chmod(0o777), "others may write"),
@@ -97,15 +103,16 @@ def test_a_faulty_entry_is_refused_and_can_be_replaced(name: str, cache: Cache, 
     if name == "somebody_elses" and os.getuid() != 0:
         pytest.skip("only root can give a file away")
     fault, why = FAULTS[name]
-    fault(cache.add(MADE_FROM, (), library).folder)
+    fault(cache.add(MADE_FROM, ("k",), library).folder)
     with pytest.raises(RefusedEntryError, match=why):
         cache.find(MADE_FROM)
     assert any(isinstance(entry, str) and why in entry for entry in cache.entries())
-    if name == "writable_cache":
+    if name in ("writable_cache", "writable_parent"):
         # whoever can write to the folder can put anything in it: nothing is kept there until that is mended
         with pytest.raises(RefusedEntryError, match=why):
             cache.add(MADE_FROM, (), library)
         cache.folder.chmod(0o700)
+        cache.folder.parent.chmod(0o700)
     cache.add(MADE_FROM, (), library)
     assert cache.find(MADE_FROM) is not None
 
@@ -126,9 +133,6 @@ def compile_one(ready: Any, say: Any) -> None:
     ids = torch.arange(12)[None]
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     say.put((llmopt.report(model).passes[0].details["cache"], tokens.tolist()))
-
-
-needs_tvm = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
 
 @needs_tvm
@@ -182,4 +186,56 @@ def test_the_command_lists_and_clears(cache: Cache, library: Path, monkeypatch: 
     assert "2 parts, 1 kernels, avx2, apache-tvm 0.27" in listed.stdout
     assert "refused  " in listed.stdout
     assert "removed 2 entries" in run(app, ["cache", "clear"]).stdout
-    assert not cache.folder.exists()
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_clearing_leaves_what_is_not_its_own(cache: Cache, library: Path, tmp_path: Path) -> None:
+    cache.add(MADE_FROM, (), library)
+    (cache.folder / "thesis.tex").write_text("years")
+    assert cache.clear() == 1
+    assert [path.name for path in cache.folder.iterdir()] == ["thesis.tex"]
+    link = tmp_path / "link"
+    link.symlink_to(cache.folder)
+    with pytest.raises(RefusedEntryError, match="not a plain folder"):
+        Cache(link).clear()
+
+
+def test_folders_are_made_private_whatever_the_umask(tmp_path: Path, library: Path) -> None:
+    before = os.umask(0)
+    try:
+        cache = Cache(tmp_path / "a" / "b" / "compiled")
+        cache.add(MADE_FROM, (), library)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "a", tmp_path / "a" / "b", cache.folder)} == {0o700}
+
+
+@needs_tvm
+@pytest.mark.parametrize("trouble", ["file in the way", "no compiler", "does not load"])
+def test_trouble_with_the_disk_is_said_and_no_reason_not_to_compile(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setenv("LLMOPT_CACHE", str(tmp_path / "cache"))
+    if trouble == "file in the way":
+        (tmp_path / "cache").write_text("")
+    if trouble == "no compiler":
+        monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+
+    def compiled() -> str:
+        model = tiny_model("qwen3")
+        llmopt.optimize(model, passes=["compile_tvm"], calibration=torch.arange(64).view(2, 32), measure=False)
+        (row,) = llmopt.report(model).passes
+        assert row.verdict == "kept", row.reason
+        return str(row.details["cache"])
+
+    if trouble == "does not load":
+        assert compiled() == "built"
+
+        def refuses(file: Path) -> Any:
+            raise OSError(f"{file}: failed to map segment")
+
+        monkeypatch.setattr("llmopt.passes.compile_tvm.current.load", refuses)
+        assert compiled().startswith("built anew: ")
+    else:
+        assert compiled().startswith("not kept: ")

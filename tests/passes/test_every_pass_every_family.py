@@ -24,7 +24,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 def context(model: Any, rows: torch.Tensor, events: list[Event] | None = None) -> PassContext:
     emit: Callable[[Event], None] = (lambda event: None) if events is None else events.append
     resolved = resolve_model(model)
-    return PassContext(resolved, resolved.device, emit, calibration=list(rows), prompt_tokens=16)
+    return PassContext(resolved, resolved.device, emit, calibration=list(rows), prompt_tokens=16, timed=False)
 
 
 def applied_to(model: Any, name: str, rows: torch.Tensor) -> Applied:

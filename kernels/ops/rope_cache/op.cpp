@@ -20,9 +20,9 @@ const float* head_norm(const char* name, const Optional<TensorView>& t, int64_t 
 // Fills in the tables and the tokens' rows in them; returns the number of rows.
 int64_t take_tables(RopeCacheParams& p, const Optional<TensorView>& cos, const Optional<TensorView>& sin,
                     const Optional<TensorView>& position) {
+  if (cos.has_value() != sin.has_value() || cos.has_value() != position.has_value())
+    TVM_FFI_THROW(ValueError) << "cos: expected sin and position beside it, or none of the three";
   if (!cos.has_value()) return 0;
-  if (!sin.has_value() || !position.has_value())
-    TVM_FFI_THROW(ValueError) << "cos: expected sin and position beside it";
   const TensorView table = *cos;
   p.cos = check_floats("cos", table, {-1, -1}), p.sin = check_floats("sin", *sin, {table.size(0), table.size(1)});
   check_contiguous("cos", table), check_contiguous("sin", *sin);

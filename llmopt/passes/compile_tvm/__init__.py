@@ -7,7 +7,8 @@ torch.compile. What :meth:`forward` computes stays as it is: ``generate`` decode
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import importlib.metadata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,11 +26,12 @@ BACKENDS = ("auto", "tvm", "inductor")
 
 @dataclass(frozen=True)
 class CompileTvm(Pass):
-    """The decode step, compiled. Kept only where it is measured to be faster: compiling has to be paid for.
+    """The decode step, compiled. Where passes are measured it is kept only if it is faster: compiling has to be paid for.
 
     Args:
-        backend: "tvm"; "inductor" (torch.compile; needs a C++ compiler at run time, and compiles anew for every number of
-            sequences); "auto": the faster of both on this model and machine, TVM where nothing is measured.
+        backend: "tvm"; "inductor" (torch.compile; needs a C++ compiler at run time, keeps what it compiled where torch does,
+            and compiles anew, for seconds, at the first step of every number of sequences); "auto": both are compiled and timed
+            on this model and machine, the faster is kept; TVM where nothing is measured.
         cache: keep TVM's libraries on disk and use those that are there (``llmopt cache``).
     """
 
@@ -37,20 +39,21 @@ class CompileTvm(Pass):
     phase: ClassVar[Phase] = Phase.COMPILE
     must_gain: ClassVar[bool] = True
 
-    backend: str = "auto"
+    backend: str = "tvm"
     cache: bool = True
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InputError.argument("backend", expected=" | ".join(BACKENDS), got=self.backend)
-        if self.cache not in (True, False):
+        if type(self.cache) is not bool:
             raise InputError.argument("cache", expected="True or False", got=self.cache)
 
     def check(self, ctx: PassContext) -> Verdict:
         if ctx.device.type != "cpu":
             return Verdict(False, f"compiles for the CPU, the model is on {ctx.device.type}")
-        if self.backend != "inductor" and importlib.util.find_spec("tvm") is None:
-            return Verdict(False, "apache-tvm is not installed (pip install llmopt[tvm])")
+        reason = "" if self.backend == "inductor" else _without_tvm()
+        if reason:
+            return Verdict(False, reason)
         if not native.available():
             return Verdict(False, "needs the compiled kernels")
         from llmopt.runtime.engine import Engine
@@ -64,6 +67,7 @@ class CompileTvm(Pass):
     def apply(self, ctx: PassContext) -> Applied:
         from llmopt.passes.compile_tvm.current import Current
         from llmopt.runtime.generate import Generation, generation_behind
+        from llmopt.runtime.lookup import COUNTS
 
         ctx.emit(Event("progress", self.name, "compiling the decode step"))
         model: Any = ctx.resolved.model
@@ -71,14 +75,19 @@ class CompileTvm(Pass):
         current = Current(ctx.resolved, "tvm" if self.backend == "auto" else self.backend, self.cache)
         current.switched(before)
         details, settled = self._compile(ctx, current)
-        generation = Generation(model, current.get, before.lookup if before else None)
+        generation = Generation(model, current.get)
         generate = Swap(model, "generate", generation.generate)
         swaps = [generate, Swap(model, "_prepare_cache_for_generation", generation.prepare_cache)]
 
         def switched() -> None:
-            current.switched(generation_behind(generate.before))
+            under = generation_behind(generate.before)
+            current.switched(under)
             generation.forget()
             current.get()
+            # guesses are verified by steps of many sizes, each of which Inductor would compile
+            guesses = under is not None and current.backend == "tvm"
+            generation.lookup = under.lookup if under and guesses else None
+            generation.lookup_counts = under.lookup_counts if under and guesses else dict.fromkeys(COUNTS, 0)
 
         coverage = Coverage(touched=len(ctx.resolved.layers), implementations=_said(details, fused=before is not None))
         return Applied(Patch(swaps, on_enable=switched), coverage, details, settled=settled)
@@ -104,6 +113,19 @@ class CompileTvm(Pass):
         return details, {"backend": current.backend}
 
 
+def _without_tvm() -> str:
+    """Why TVM cannot be used, or ''."""
+    try:
+        importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return "apache-tvm is not installed (pip install llmopt[tvm])"
+    try:
+        importlib.import_module("tvm.relax.frontend.torch")
+    except Exception as error:  # whatever a package that does not fit the others raises
+        return f"apache-tvm cannot be imported: {type(error).__name__}: {error}"
+    return ""
+
+
 def _said(details: dict[str, Any], *, fused: bool) -> dict[str, str]:
     """What runs, in words for the receipt."""
     said = {"decode step": "torch.compile" if details["backend"] == "inductor" else "TVM", "prefill": "as before"}
@@ -112,6 +134,9 @@ def _said(details: dict[str, Any], *, fused: bool) -> dict[str, str]:
         left = ": fuse_kernels' ops leave nothing between them" if fused and not details["kernels"] else ""
         cost = f"{details['compile_s']:.1f} s, {details['cache']}"
         said["TVM"] = f"{details['kinds']} kinds of parts, {kernels}{left}; {cost}"
+    if "verified" in details:
+        found = details["verified"]
+        said["verified"] = f"{found['agree']} of {found['tokens']} tokens as without it, mean KL {found['mean_kl']:.2g}"
     rival = details.get("inductor", {})
     if "failed" in rival:
         said["Inductor"] = f"failed: {rival['failed']}"

@@ -13,10 +13,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return sum(f.stat().st_size for f in self.folder.iterdir())
+        """Of library and description; 0 once it is gone."""
+        return sum(f.stat().st_size for f in (self.library, self.folder / _ENTRY) if f.exists())
 
 
 def key_of(made_from: dict[str, Any]) -> str:
@@ -80,15 +83,20 @@ class Cache:
         return entry
 
     def add(self, made_from: dict[str, Any], kernels: tuple[str, ...], library: Path) -> Entry:
-        """Keep a library; whatever stood in its place is put aside."""
+        """Keep a library; whatever stood in its place goes.
+
+        Raises:
+            RefusedEntryError: the folder is not this user's alone.
+            OSError: it cannot be written to.
+        """
         self._own_folder()
         key = key_of(made_from)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".new-") as new:
             made = Path(new) / key
             made.mkdir(mode=0o700)
             shutil.copyfile(library, made / _LIBRARY)
-            digest = _hash(made / _LIBRARY)
-            text = json.dumps({"made_from": made_from, "kernels": kernels, "sha256": digest}, indent=1)
+            said = {"made_from": made_from, "kernels": list(kernels)}
+            text = json.dumps({**said, "sha256": _hash(said, made / _LIBRARY)}, indent=1)
             (made / _ENTRY).write_text(text)
             for file in made.iterdir():
                 file.chmod(0o600)
@@ -99,12 +107,21 @@ class Cache:
         return self._read(final)
 
     @contextlib.contextmanager
-    def building(self, made_from: dict[str, Any]) -> Iterator[None]:
-        """One builder of an entry at a time, over all processes; the others wait, and then find it."""
+    def building(self, made_from: dict[str, Any], patience_s: float = 600.0) -> Iterator[None]:
+        """One builder of an entry at a time, over all processes; the others wait, and then find it.
+
+        Raises:
+            RefusedEntryError: the folder is not this user's alone.
+            OSError: it cannot be written to; TimeoutError: another builder takes longer than ``patience_s``.
+        """
         self._own_folder()
         handle = os.open(self.folder / f".{key_of(made_from)}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            until = time.monotonic() + patience_s
+            while not _locked(handle):
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{self.folder}: another process has been building this for {patience_s:.0f} s")
+                time.sleep(0.05)
             yield
         finally:
             os.close(handle)
@@ -122,39 +139,69 @@ class Cache:
         return found
 
     def clear(self) -> int:
-        """Remove everything; the number of entries there were."""
-        count = len(self.entries())
-        if self.folder.is_dir() and not self.folder.is_symlink():
-            shutil.rmtree(self.folder)
-        return count
+        """Remove all entries, and what broken-off writers left; their number.
+
+        Raises:
+            RefusedEntryError: the folder is a link, or not this user's alone.
+        """
+        if not os.path.lexists(self.folder):
+            return 0
+        _private(self.folder, stat.S_ISDIR)
+        entries = [path for path in self.folder.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name)]
+        for path in [*entries, *self.folder.glob(".new-*")]:
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        return len(entries)
 
     def _own_folder(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in [*reversed(self.folder.parents), self.folder]:
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+        self._check_folder()
+
+    def _check_folder(self) -> None:
         _private(self.folder, stat.S_ISDIR)
+        for parent in self.folder.resolve().parents:
+            # whoever can write to a folder above can put another in this one's place, unless it is sticky as /tmp is
+            found = parent.stat()
+            open_to_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+            if open_to_others or found.st_uid not in (0, os.getuid()):
+                raise RefusedEntryError(f"{parent}: others may write to it (mode {stat.S_IMODE(found.st_mode):o})")
 
     def _read(self, folder: Path) -> Entry:
-        _private(self.folder, stat.S_ISDIR)
+        try:
+            return self._read_checked(folder)
+        except OSError as error:  # gone meanwhile, or never whole
+            raise RefusedEntryError(f"{folder}: {error.strerror}") from None
+
+    def _read_checked(self, folder: Path) -> Entry:
+        self._check_folder()
         _private(folder, stat.S_ISDIR)
         for name in (_ENTRY, _LIBRARY):
             _private(folder / name, stat.S_ISREG)
         try:
             said = json.loads((folder / _ENTRY).read_text())
-            made_from, kernels, digest = said["made_from"], tuple(said["kernels"]), said["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+            digest = said.pop("sha256")
+            made_from, kernels = said["made_from"], tuple(str(name) for name in said["kernels"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RefusedEntryError(f"{folder / _ENTRY}: not an entry's description ({error})") from None
-        if _hash(folder / _LIBRARY) != digest:
-            raise RefusedEntryError(f"{folder / _LIBRARY}: not the file that was written (its hash is another)")
+        if _hash(said, folder / _LIBRARY) != digest:
+            raise RefusedEntryError(f"{folder}: not what was written (its hash is another)")
         if key_of(made_from) != folder.name:
             raise RefusedEntryError(f"{folder}: made from something else than its name says")
         return Entry(folder.name, folder, made_from, kernels)
 
 
-def _private(path: Path, kind: Any) -> None:
-    """Refuse what is not this user's own, or what others may write to."""
+def _locked(handle: int) -> bool:
     try:
-        found = path.lstat()
-    except OSError as error:
-        raise RefusedEntryError(f"{path}: {error.strerror}") from None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _private(path: Path, kind: Callable[[int], bool]) -> None:
+    """Refuse what is not this user's own, or what others may write to."""
+    found = path.lstat()
     if not kind(found.st_mode):
         raise RefusedEntryError(f"{path}: not a plain {'folder' if kind is stat.S_ISDIR else 'file'}")
     if found.st_uid != os.getuid():
@@ -163,6 +210,8 @@ def _private(path: Path, kind: Any) -> None:
         raise RefusedEntryError(f"{path}: others may write to it (mode {stat.S_IMODE(found.st_mode):o})")
 
 
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _hash(said: dict[str, Any], library: Path) -> str:
+    """Over an entry's description and its library."""
+    with library.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps([said, digest], sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import platform
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,15 @@ from typing import Any
 import torch
 
 from llmopt import native
+from llmopt.errors import PassError
 from llmopt.passes.compile_tvm.imported import CALL_OP, KEPT, call_op, imported
 from llmopt.passes.compile_tvm.part import Part
 
-_LEVELS = {"portable": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4", "amx": "x86-64-v4"}
+_AVX2 = ["+avx2", "+fma", "+f16c"]
+_AVX512 = [*_AVX2, "+avx512f", "+avx512bw", "+avx512vl", "+avx512dq"]
+_FEATURES = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "amx": _AVX512}
 _NO_OP, _SKIP_RUN = 0, 1  # tvm.runtime.vm.VMInstrumentReturnKind
+_MACHINES_OWN = ("vm.builtin.", "shape_func")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +39,39 @@ class Built:
 
 
 def target() -> dict[str, Any]:
-    """TVM's target: of x86 processors the level that the kernels' instruction set stands for, since virtual machines may lack
-    what a processor's name promises."""
+    """TVM's target: of x86 processors what the kernels' instruction set stands for, no more: a virtual machine may lack what
+    its processor's name promises."""
     from tvm.target import codegen
 
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"kind": "llvm", "mcpu": str(codegen.llvm_get_system_cpu())}
-    return {"kind": "llvm", "mcpu": _LEVELS[native.active_isa()]}
+    return {"kind": "llvm", "mcpu": "x86-64", "mattr": _FEATURES[native.active_isa()]}
 
 
 def build(parts: list[Part], hidden_size: int) -> Built:
-    """Export, import and compile parts of different signatures."""
+    """Export, import and compile parts.
+
+    Args:
+        parts: of different signatures.
+        hidden_size: H.
+
+    Raises:
+        PassError: torch or TVM cannot; says why.
+    """
+    try:
+        return _build(parts, hidden_size)
+    except PassError:
+        raise
+    except Exception as error:  # whatever two compilers raise
+        raise PassError(f"compile_tvm: the step cannot be compiled: {said(error)}") from error
+
+
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _build(parts: list[Part], hidden_size: int) -> Built:
     import tvm
     from tvm import relax
     from tvm.relax.backend.cpu_generic import pipeline
@@ -64,7 +92,8 @@ def build(parts: list[Part], hidden_size: int) -> Built:
         kernels.extend(var.name_hint for var, f in lowered.functions.items() if isinstance(f, tvm.tirx.PrimFunc))
         return tvm.transform.Sequential(pipeline.finalize_passes(where))(lowered)
 
-    executable = relax.build(tvm.IRModule(functions), where, relax_pipeline=lower)
+    with tvm.transform.PassContext():
+        executable = relax.build(tvm.IRModule(functions), where, relax_pipeline=lower)
     return Built(executable, tuple(sorted(kernels)))
 
 
@@ -72,16 +101,30 @@ def export(built: Built, file: Path) -> None:
     """Write a shared library.
 
     Raises:
-        RuntimeError: there is no compiler to link with.
+        OSError: it cannot be written, or there is no compiler to link with.
     """
-    built.module.export_library(str(file))
+    from tvm.support import cc
+
+    if cc.get_cc() is None:
+        raise OSError("no C++ compiler to link with")
+    try:
+        built.module.export_library(str(file))
+    except RuntimeError as error:
+        raise OSError(f"linking failed: {said(error)}") from error
 
 
 def load(file: Path) -> Any:
-    """The module of a library that :func:`export` wrote. It is code: the caller has made sure whose it is."""
+    """The module of a library that :func:`export` wrote. It is code: the caller has made sure whose it is.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
     import tvm
 
-    return tvm.runtime.load_module(str(file))
+    try:
+        return tvm.runtime.load_module(str(file))
+    except RuntimeError as error:
+        raise OSError(f"{file}: {said(error)}") from error
 
 
 class Machine:
@@ -99,29 +142,45 @@ class Machine:
         _register()
         self.kernels = frozenset(built.kernels)
         module = built.module.jit() if hasattr(built.module, "jit") else built.module
-        self._machine = tvm.relax.VirtualMachine(module, tvm.cpu())
-        self._machine.set_instrument(tvm_ffi.convert(self._on_call))
+        # what a step uses lives as long as the step: a pool would only keep it longer
+        self._machine = tvm.relax.VirtualMachine(module, tvm.cpu(), memory_cfg="naive")
+        self._machine.set_instrument(tvm_ffi.convert(_instrument(self.kernels)))
         self._lock = threading.Lock()
 
     def call(self, name: str, *args: Any) -> Any:
-        """The result of a part, to come when the program runs."""
+        """The result of a part, to come when the program runs.
+
+        Raises:
+            InputError: an op of ours refuses its tensors.
+        """
         return self._machine[name](*args)
 
-    def _on_call(self, function: Any, name: str, before: bool, _result: Any, *args: Any) -> int:
-        if not before or name not in self.kernels:
+    @contextmanager
+    def asked(self) -> Iterator[list[Any]]:
+        """For one caller at a time; gives the tensors that must be kept as long as what is recorded."""
+        with self._lock:
+            kept: list[Any] = []
+            KEPT.tensors = kept
+            try:
+                yield kept
+            finally:
+                KEPT.tensors = None
+
+
+def _instrument(kernels: frozenset[str]) -> Callable[..., int]:
+    # no method: the machine would hold itself, out of sight of the collector
+    def on_call(function: Any, name: str, before: bool, _result: Any, *args: Any) -> int:
+        if not before:
             return _NO_OP
-        native.library().record_call(function, args)
-        return _SKIP_RUN
+        if name in kernels:
+            native.library().record_call(function, args)
+            return _SKIP_RUN
+        if name == CALL_OP or name.startswith(_MACHINES_OWN):
+            return _NO_OP
+        # it would run now and never again
+        raise PassError(f"compile_tvm: a part calls {name}, which cannot be recorded")
 
-    def __enter__(self) -> list[Any]:
-        """Tensors that must be kept as long as what is recorded."""
-        self._lock.acquire()
-        KEPT.tensors = []
-        return KEPT.tensors
-
-    def __exit__(self, *_: object) -> None:
-        KEPT.tensors = None
-        self._lock.release()
+    return on_call
 
 
 @functools.cache

@@ -41,71 +41,93 @@ class Current:
         self._resolved, self.backend, self._on_disk = resolved, backend, on_disk
         self._under: Generation | None = None
         self._engine: StepEngine | None = None
+        self._settled = False  # the engine is known to be that of the modules as they are
         self._machines: dict[str, Machine] = {}
         self.facts: dict[str, Any] = {}
 
     def switched(self, under: Generation | None) -> None:
         """Patches have changed: ``generate`` now stands before ``under``, of fuse_kernels, or before the model's own."""
-        self._under, self._engine = under, None
+        self._under, self._settled = under, False
+
+    @property
+    def under(self) -> Generation | None:
+        """fuse_kernels' side of ``generate``, where it is on."""
+        return self._under
 
     def get(self) -> StepEngine:
-        """The engine; TVM's is compiled if this process has not compiled or loaded it yet."""
-        if self._engine is None:
-            self._engine = self.make(self.backend)
+        """The engine; the one there was where it still stands for the model's tensors.
+
+        Raises:
+            PassError: the step cannot be compiled.
+        """
+        if not self._settled or self._engine is None:
+            engine = self.make(self.backend)
+            if self._engine is None or engine.identity() != self._engine.identity():
+                self._engine = engine
+                self._prepare(engine)
+            self._settled = True
         return self._engine
 
     def make(self, backend: str) -> StepEngine:
-        """A new engine for the modules as they are now."""
-        under = self._under.engine() if self._under else None
-        if backend == "inductor":
-            return InductorEngine(self._resolved, under)
-        engine = TvmEngine(self._resolved, under)
+        """A new engine for the modules as they are now, not compiled yet."""
+        kind = InductorEngine if backend == "inductor" else TvmEngine
+        return kind(self._resolved, self._under.engine() if self._under else None)
+
+    def _prepare(self, engine: StepEngine) -> None:
+        if not isinstance(engine, TvmEngine):
+            return
         made_from = _made_from(engine)
         key = key_of(made_from)
         if key not in self._machines:
+            started = time.perf_counter()
             self._machines[key] = self._machine(engine, made_from)
+            self.facts["compile_s"] = time.perf_counter() - started
         engine.machine = self._machines[key]
-        return engine
 
     def _machine(self, engine: TvmEngine, made_from: dict[str, Any]) -> Machine:
-        started = time.perf_counter()
-        self.facts = {"cache": "off"}
-        built = self._from_disk(engine, made_from) if self._on_disk else _build(engine)
-        machine = Machine(built)
-        self.facts["compile_s"] = time.perf_counter() - started
-        return machine
-
-    def _from_disk(self, engine: TvmEngine, made_from: dict[str, Any]) -> Built:
-        cache = Cache()
-        with cache.building(made_from):
+        """Found on disk, or built. Whatever is wrong with the disk is said, and no reason not to compile."""
+        self.facts["cache"] = "off"
+        built: Built | None = None
+        if self._on_disk:
             try:
-                entry = cache.find(made_from)
+                cache = Cache()
+                with cache.building(made_from):
+                    machine = self._found(cache, made_from)
+                    if machine is not None:
+                        return machine
+                    built = _build(engine)
+                    _keep(cache, made_from, built)
+            except (OSError, RefusedEntryError) as error:
+                self.facts["cache"] = f"not kept: {error}"
+        return Machine(built or _build(engine))
+
+    def _found(self, cache: Cache, made_from: dict[str, Any]) -> Machine | None:
+        try:
+            entry = cache.find(made_from)
+            if entry is None:
                 self.facts["cache"] = "built"
-            except RefusedEntryError as error:
-                entry = None
-                self.facts["cache"] = f"built anew: {error}"
-            if entry is not None:
-                self.facts["cache"] = "found"
-                return Built(load(entry.library), entry.kernels)
-            built = _build(engine)
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "module.so"
-                try:
-                    export(built, file)
-                except RuntimeError as error:
-                    # linking takes a C compiler
-                    self.facts["cache"] = f"built, not kept: {str(error).splitlines()[0]}"
-                    return built
-                cache.add(made_from, built.kernels, file)
-            return built
+                return None
+            machine = Machine(Built(load(entry.library), entry.kernels))
+        except (OSError, RefusedEntryError) as error:
+            self.facts["cache"] = f"built anew: {error}"
+            return None
+        self.facts["cache"] = "found"
+        return machine
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model has an engine of its own, over its own modules
-        return {**vars(self), "_engine": None, "_machines": {}}
+        return {**vars(self), "_engine": None, "_machines": {}, "_settled": False}
 
 
 def _build(engine: TvmEngine) -> Built:
     return build(list(engine.kinds.values()), engine.hidden_size)
+
+
+def _keep(cache: Cache, made_from: dict[str, Any], built: Built) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "module.so"
+        export(built, file)
+        cache.add(made_from, built.kernels, file)
 
 
 @functools.cache

@@ -25,6 +25,8 @@ _ALIGNMENT = 64
 class StepEngine(Engine):
     """Whose decode step is to be compiled: fused ops, or plain operations around heavy ones. Prefill is not.
 
+    Without fuse_kernels ``decode`` includes the final norm, and ``logits`` takes what it gives.
+
     Args:
         resolved: the model.
         fused: the engine of fuse_kernels, whose ops are called; None: plain operations, and the model's own prefill.
@@ -39,6 +41,12 @@ class StepEngine(Engine):
         for half in self.halves:
             if isinstance(half, LatentBlock):
                 half.halves()  # made now, from weights that are there now
+
+    def identity(self) -> tuple[Any, ...]:
+        """Alike for engines of one kind over the same tensors."""
+        found = tensors_of([self.halves, self.norm, self.head, self.table])
+        options = (type(self), self.fused, self.screened, self.kv_dtype)
+        return (*options, *((t.data_ptr(), t.shape, t.dtype) for t in found))
 
     def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:
         self.embed(ids, h)
@@ -96,7 +104,7 @@ class TvmEngine(StepEngine):
     def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:
         assert self.machine is not None
         self.embed(ids, h)
-        with self.machine as kept:
+        with self.machine.asked() as kept:
             stream = as_argument(h)
             for i, (name, tensors) in enumerate(zip(self._names, self.tensors, strict=True)):
                 attention = i % 2 == 0 and i < len(self.halves)
@@ -114,6 +122,6 @@ def _fused(half: Any, h: torch.Tensor, ctx: Context) -> torch.Tensor:
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Norms and the like, at an address that generated kernels may read vectors from."""
+    """A norm's weight at an address that generated kernels may read vectors from: a copy where it is not."""
     small = tensor.dim() == 1 and tensor.dtype == torch.float32
     return tensor.clone() if small and tensor.data_ptr() % _ALIGNMENT else tensor

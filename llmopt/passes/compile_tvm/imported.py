@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from llmopt.errors import PassError
+
 CALL_OP = "llmopt.call_op"
 
 _Json = Any
@@ -47,7 +49,8 @@ def call_op(spec: str, *tensors: Any) -> Any:
 
 def _argument(said: _Json, tensors: list[torch.Tensor]) -> Any:
     if isinstance(said, dict):
-        return tensors[said["tensor"]]
+        tensor = tensors[said["tensor"]]
+        return tensor[:, slice(*said["columns"])] if "columns" in said else tensor
     return [_argument(inner, tensors) for inner in said] if isinstance(said, list) else said
 
 
@@ -69,6 +72,9 @@ class _OpCall:
         self.args = args
 
     def _read(self, value: Any) -> _Json:
+        if isinstance(value, torch.fx.Node) and _is_view(value):
+            base, _, *columns = value.args
+            return {**self._read(base), "columns": columns}
         if isinstance(value, torch.fx.Node):
             self.inputs.append(self.importer.env[value])
             return {"tensor": len(self.inputs) - 1}
@@ -78,6 +84,9 @@ class _OpCall:
         if _is_new(node):
             self.outputs.append(node)
             return {"output": len(self.outputs) - 1}
+        if node.op != "placeholder":
+            # TVM's memory plan may have something else in that place by then
+            raise PassError(f"compile_tvm: {self.node.target} writes to {node}, which is no argument of its part")
         self.in_place.append(node)
         return self._read(node)
 
@@ -136,6 +145,16 @@ class _OpCall:
         return found
 
 
+def _is_view(node: torch.fx.Node) -> bool:
+    """Columns of a matrix that only ops of ours read: they take rows that lie apart, so that nothing need be copied."""
+    columns = node.target is torch.ops.aten.slice.Tensor and node.args[1] == 1 and len(node.args) == 4
+    return columns and all(_is_ours(user) for user in node.users)
+
+
+def _is_ours(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "llmopt"
+
+
 def _is_new(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and node.target in (torch.ops.aten.empty.memory_format,)
 
@@ -170,10 +189,9 @@ def converters(graph: torch.fx.Graph) -> dict[str, Callable[[torch.fx.Node, Any]
         "index_select.default": _index_select,
         # what an op writes is allocated where it is called
         "empty.memory_format": lambda node, importer: None,
+        "slice.Tensor": lambda node, importer: None if _is_view(node) else importer._slice(node),
     }
-    for node in graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "namespace", "") == "llmopt":
-            found[node.target.__name__] = _convert_op
+    found |= {node.target.__name__: _convert_op for node in graph.nodes if _is_ours(node)}
     return found
 
 
@@ -184,12 +202,19 @@ def imported(module: torch.nn.Module, args: tuple[Any, ...], dynamic: Any) -> An
         module: without parameters of its own.
         args: real tensors, for shapes and dtypes alone; nothing is copied.
         dynamic: ``dynamic_shapes`` of torch.export.
+
+    Raises:
+        PassError: an op writes to what is no parameter, or a tensor is none; torch and TVM raise of their own.
     """
     from tvm.relax.frontend.torch import from_exported_program
 
     program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+    if program.constants or program.state_dict:
+        names = [*program.constants, *program.state_dict]
+        raise PassError(f"compile_tvm: a part holds {names[0]}, which is no argument of it")
     mod = from_exported_program(
         program, run_ep_decomposition=False, unwrap_unit_return_tuple=True,
         custom_convert_map=converters(program.graph),
     )  # fmt: skip
-    return mod["main"]
+    # torch assumes sizes of two and more, and tells TVM so; most steps have one token
+    return mod["main"].without_attr("tir_var_lower_bound")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -18,27 +19,38 @@ from llmopt.runtime.rows import Rows
 from llmopt.runtime.step import DecodeStep
 
 
+_COUNT = itertools.count()
+
+
 class InductorEngine(StepEngine):
-    """Decodes by functions that Inductor compiled, each for one number of sequences and tokens, when first run."""
+    """Decodes by functions that Inductor compiled, each for one number of sequences, tokens and threads, when first run."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._steps: dict[tuple[int, int, bool], Callable[..., Any]] = {}
+        self._steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def program(self, step: DecodeStep) -> Any:
-        shape, cache = (len(step.ids), step.cache.sequences, step.screened), _apart(step.cache)
+        cache = _apart(step.cache)
         for tensor, dim in [*((t, 2) for t in cache.tensors()), (step.rope.cos, 0), (step.rope.sin, 0)]:
             torch._dynamo.mark_dynamic(tensor, dim)
-        if shape not in self._steps:
-            # the model's own tensors do not change while the engine stands: no guard need look at them in every step
-            options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-            self._steps[shape] = torch.compile(self._fresh_whole(), fullgraph=True, options=options)
-        return _Calls(self._steps[shape], step, cache)
+        # what guards would look at: the code has it compiled in
+        kind = (
+            len(step.ids), step.screened, torch.get_num_threads(), cache.sequences, cache.dtype, cache.head_dims,
+            len(cache.key_scales), step.rope.cos.shape[1],
+        )  # fmt: skip
+        if kind not in self._steps:
+            # the model's own tensors do not change while the engine stands: no guard need look at them in every step.
+            # One thread compiles: a pool of processes would stay behind
+            options: dict[str, Any] = {
+                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "compile_threads": 1,
+            }  # fmt: skip
+            self._steps[kind] = torch.compile(self._fresh_whole(), fullgraph=True, options=options)
+        return _Calls(self._steps[kind], step, cache)
 
     def _fresh_whole(self) -> Callable[..., Any]:
         # torch keeps what it compiled with the code of a function, and without guards would take one engine's for another's
         function = type(self)._whole
-        code = function.__code__.replace(co_name=f"_whole_{id(self):x}_{len(self._steps)}")
+        code = function.__code__.replace(co_name=f"_whole_{next(_COUNT)}")
         fresh = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
         return types.MethodType(fresh, self)
 

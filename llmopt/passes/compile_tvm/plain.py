@@ -60,7 +60,7 @@ def latent(block: LatentBlock, h: torch.Tensor, ctx: Context) -> torch.Tensor:
     """Multi-head latent attention, absorbed."""
     rows, (cache, scales) = ctx.rows, ctx.cache.latents(block.index)
     both = _products(_norm(h, block.norm, block.eps), (block.q, block.kv_a))
-    q, kv_a = both.split([block.q.rows, block.kv_a.rows], dim=1)
+    q, kv_a = both[:, : block.q.rows], both[:, block.q.rows :]
     if block.q_b is not None:
         q = _products(_norm(q, block.q_norm, block.q_eps), (block.q_b,))
     w_uk, w_uv = block.halves()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from llmopt.errors import PassError
 from llmopt.measure import stats
 from llmopt.passes.base import PassContext
+from llmopt.passes.compile_tvm.compiled import said
 from llmopt.passes.compile_tvm.current import Current
 from llmopt.passes.compile_tvm.verify import verify
 from llmopt.runtime.engine import Engine
@@ -87,14 +87,13 @@ def against_inductor(ctx: PassContext, current: Current) -> dict[str, Any]:
         ``compile_s``, what :func:`verify` and :func:`compare` give (the ratio: Inductor's time to TVM's), and ``faster``:
         Inductor beyond noise. Or ``failed``: why there is nothing to compare.
     """
-    rival = current.make("inductor")
     try:
+        rival = current.make("inductor")
         started = time.perf_counter()
         StepTimer(rival, ctx.prompt_tokens).ms_per_token()
         seconds = time.perf_counter() - started
         verified = verify(ctx, rival)
-    except (PassError, RuntimeError, OSError) as error:
-        # torch.compile fails in many ways, for want of a C++ compiler among others; TVM's step is there
-        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-    found = compare({"tvm": current.get(), "inductor": rival}, ctx.prompt_tokens)
+        found = compare({"tvm": current.get(), "inductor": rival}, ctx.prompt_tokens)
+    except Exception as error:  # torch.compile fails in many ways, for want of a C++ compiler among others; TVM's step is there
+        return {"failed": said(error)}
     return {"compile_s": seconds, "verified": verified, **found, "faster": found["ratio"]["high"] < 1}
