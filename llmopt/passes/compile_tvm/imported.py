@@ -182,11 +182,21 @@ def _index_select(node: torch.fx.Node, importer: Any) -> Any:
     return importer.block_builder.emit(relax.op.take(importer.env[x], importer.env[index], dim, mode="clip"))
 
 
+def _silu(node: torch.fx.Node, importer: Any) -> Any:
+    from tvm import relax
+
+    # by exp, which can be had in vectors (FastMathTransform); TVM's sigmoid calls the C library's, value by value
+    x, emit = importer.env[node.args[0]], importer.block_builder.emit
+    exp = emit(relax.op.exp(emit(relax.op.negative(x))))
+    return emit(relax.op.divide(x, emit(relax.op.add(exp, relax.const(1.0, "float32")))))
+
+
 def converters(graph: torch.fx.Graph) -> dict[str, Callable[[torch.fx.Node, Any], Any]]:
     """Converters for the ops of ours in a graph, and for what the importer does not know."""
     found: dict[str, Callable[[torch.fx.Node, Any], Any]] = {
         "rms_norm.default": _rms_norm,
         "index_select.default": _index_select,
+        "silu.default": _silu,
         # what an op writes is allocated where it is called
         "empty.memory_format": lambda node, importer: None,
         "slice.Tensor": lambda node, importer: None if _is_view(node) else importer._slice(node),
