@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import llmopt
+from llmopt.bench import with_rivals
 from llmopt.cli_output import progress
 from llmopt.measure import plot, views
 
@@ -28,7 +29,7 @@ def optimize(name: str, passes: Sequence[str] | None) -> llmopt.Report:
     """The receipt of one bundled checkpoint, loaded as anyone would load it."""
     model = AutoModelForCausalLM.from_pretrained(ROOT / "assets" / name, dtype="auto", local_files_only=True).eval()
     with progress() as on_event:
-        llmopt.optimize(model, passes, on_event=on_event)
+        llmopt.optimize(model, with_rivals(passes), on_event=on_event)
     report = llmopt.report(model)
     report.model["name"] = name
     return report

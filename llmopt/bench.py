@@ -12,7 +12,7 @@ from llmopt.measure.baseline import ScaledBaseline
 from llmopt.measure.memory import available_bytes
 from llmopt.measure.report import Report
 from llmopt.models import shapes
-from llmopt.passes import choose
+from llmopt.passes import CompileTvm, choose
 from llmopt.passes.base import Event, Pass
 from llmopt.passes.quantize_gptq import QuantizeGptq
 from llmopt.passes.quantize_gptq.direct import build_quantized
@@ -42,7 +42,7 @@ def bench_shape(
     Raises:
         InputError: unknown shape; or it does not fit and the passes do not begin with quantize_gptq.
     """
-    chosen = choose(passes)
+    chosen = with_rivals(passes)
     config = shapes.config_for(name)
     if fits(name, num_layers):
         model = shapes.build(name, num_layers=num_layers, seed=seed)
@@ -67,6 +67,14 @@ def bench_shape(
     del model
     gc.collect()
     return report
+
+
+def with_rivals(passes: Sequence[str | Pass] | None) -> list[Pass]:
+    """The passes chosen; where the choice is left open, compile_tvm with its rival timed beside it."""
+    chosen = choose(passes)
+    if passes is not None:
+        return chosen
+    return [CompileTvm(backend="auto") if isinstance(item, CompileTvm) else item for item in chosen]
 
 
 def fits(name: str, num_layers: int | None = None) -> bool:

@@ -194,7 +194,7 @@ def bench(
     """
     import llmopt
     from llmopt import cli_models, cli_output
-    from llmopt.bench import bench_shape
+    from llmopt.bench import bench_shape, with_rivals
 
     if model is None and isolated_memory:
         raise InputError("bench: --isolated-memory loads checkpoints: expected --model DIR, got --shape")
@@ -208,6 +208,7 @@ def bench(
         if shape is not None:
             report = bench_shape(shape, num_layers=layers, on_event=on_event, **settings)
         else:
+            settings["passes"] = with_rivals(settings["passes"])
             report = llmopt.report(llmopt.optimize(subject, on_event=on_event, **settings))
     if model is not None and isolated_memory:
         _measure_isolated(model, subject, report)

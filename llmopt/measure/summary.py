@@ -315,6 +315,7 @@ def pass_lines(row: PassRow) -> list[str]:
         lines.append(f"4-bit linears and experts: {fmt.percent(share)} of their bytes")
     if coverage.get("implementations"):
         lines.append("runs " + ", ".join(f"{kind}: {name}" for kind, name in coverage["implementations"].items()))
+    lines += row.details.get("said", [])
     lines += [f"skipped {text}" for text in _skips(coverage.get("skipped") or {})]
     return [*lines, *quality_lines(row.quality)]
 

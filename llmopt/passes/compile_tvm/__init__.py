@@ -89,7 +89,10 @@ class CompileTvm(Pass):
             generation.lookup = under.lookup if under and guesses else None
             generation.lookup_counts = under.lookup_counts if under and guesses else dict.fromkeys(COUNTS, 0)
 
-        coverage = Coverage(touched=len(ctx.resolved.layers), implementations=_said(details, fused=before is not None))
+        names = {"tvm": "compiled by TVM, recorded", "inductor": "compiled by Inductor"}
+        runs = {"decode step": names[current.backend], "prefill": "as before"}
+        coverage = Coverage(touched=len(ctx.resolved.layers), implementations=runs)
+        details["said"] = _said(details, fused=before is not None)
         return Applied(Patch(swaps, on_enable=switched), coverage, details, settled=settled)
 
     def _compile(self, ctx: PassContext, current: Current) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,22 +129,23 @@ def _without_tvm() -> str:
     return ""
 
 
-def _said(details: dict[str, Any], *, fused: bool) -> dict[str, str]:
-    """What runs, in words for the receipt."""
-    said = {"decode step": "torch.compile" if details["backend"] == "inductor" else "TVM", "prefill": "as before"}
+def _said(details: dict[str, Any], *, fused: bool) -> list[str]:
+    """What was compiled, verified and compared, a line each."""
+    said = []
     if "kinds" in details:
         kernels = f"{len(details['kernels'])} generated kernels" if details["kernels"] else "no generated kernel"
         left = ": fuse_kernels' ops leave nothing between them" if fused and not details["kernels"] else ""
-        cost = f"{details['compile_s']:.1f} s, {details['cache']}"
-        said["TVM"] = f"{details['kinds']} kinds of parts, {kernels}{left}; {cost}"
-    if "verified" in details:
-        found = details["verified"]
-        said["verified"] = f"{found['agree']} of {found['tokens']} tokens as without it, mean KL {found['mean_kl']:.2g}"
+        cost = f"{details['compile_s']:.2g} s, {details['cache']}"
+        said.append(f"TVM: {details['kinds']} kinds of parts, {kernels}{left}; {cost}")
     rival = details.get("inductor", {})
     if "failed" in rival:
-        said["Inductor"] = f"failed: {rival['failed']}"
+        said.append(f"Inductor failed: {rival['failed']}")
     elif rival:
         ratio = rival["ratio"]
         figures = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        said["Inductor"] = f"{rival['compile_s']:.1f} s; its step takes {figures} of TVM's time"
+        said.append(f"Inductor: {rival['compile_s']:.2g} s; its step takes {figures} of the time of TVM's")
+    if "verified" in details:
+        found = details["verified"]
+        agree = f"{found['agree']} of {found['tokens']} decoded tokens"
+        said.append(f"{agree} as without it, mean KL {max(found['mean_kl'], 0.0):.2g} nats")
     return said

@@ -86,7 +86,11 @@ def _build(parts: list[Part], hidden_size: int) -> Built:
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def lower(mod: Any, _ctx: Any) -> Any:
-        passes = [relax.transform.FastMathTransform(), *pipeline.legalize_passes(where), *pipeline.dataflow_lower_passes(where)]
+        passes = [
+            relax.transform.FastMathTransform(),
+            *pipeline.legalize_passes(where),
+            *pipeline.dataflow_lower_passes(where),
+        ]
         lowered = tvm.transform.Sequential(passes)(mod)
         # what comes later are functions that compute sizes, which the machine must call
         kernels.extend(var.name_hint for var, f in lowered.functions.items() if isinstance(f, tvm.tirx.PrimFunc))

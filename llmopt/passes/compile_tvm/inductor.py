@@ -18,7 +18,6 @@ from llmopt.runtime.cache import KVCache
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.step import DecodeStep
 
-
 _COUNT = itertools.count()
 
 
@@ -51,7 +50,9 @@ class InductorEngine(StepEngine):
         # torch keeps what it compiled with the code of a function, and without guards would take one engine's for another's
         function = type(self)._whole
         code = function.__code__.replace(co_name=f"_whole_{next(_COUNT)}")
-        fresh = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+        fresh = types.FunctionType(
+            code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+        )
         return types.MethodType(fresh, self)
 
     def _whole(
