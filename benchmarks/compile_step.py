@@ -135,7 +135,7 @@ def lines(weights: str, found: dict[str, Any]) -> Iterator[str]:
 
 
 def number(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.2f}"
+    return "" if seconds is None else f"{seconds:.2g}"
 
 
 def said(ratio: Any) -> str:
