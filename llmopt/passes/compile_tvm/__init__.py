@@ -124,7 +124,7 @@ def _without_tvm() -> str:
         return "apache-tvm is not installed (pip install llmopt[tvm])"
     try:
         importlib.import_module("tvm.relax.frontend.torch")
-    except Exception as error:  # whatever a package that does not fit the others raises
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:  # it does not fit what else is installed
         return f"apache-tvm cannot be imported: {type(error).__name__}: {error}"
     return ""
 

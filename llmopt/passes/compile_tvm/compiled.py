@@ -21,6 +21,10 @@ from llmopt.passes.compile_tvm.part import Part
 _AVX2 = ["+avx2", "+fma", "+f16c"]
 _AVX512 = [*_AVX2, "+avx512f", "+avx512bw", "+avx512vl", "+avx512dq"]
 _FEATURES = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "amx": _AVX512}
+# what torch and TVM raise where something does not fit: everything but what a caller or the system stops with
+COMPILERS_RAISE = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError, OSError, ArithmeticError,
+)  # fmt: skip
 _NO_OP, _SKIP_RUN = 0, 1  # tvm.runtime.vm.VMInstrumentReturnKind
 _MACHINES_OWN = ("vm.builtin.", "shape_func")
 
@@ -62,7 +66,7 @@ def build(parts: list[Part], hidden_size: int) -> Built:
         return _build(parts, hidden_size)
     except PassError:
         raise
-    except Exception as error:  # whatever two compilers raise
+    except COMPILERS_RAISE as error:
         raise PassError(f"compile_tvm: the step cannot be compiled: {said(error)}") from error
 
 

@@ -147,7 +147,7 @@ class _OpCall:
 
 def _is_view(node: torch.fx.Node) -> bool:
     """Columns of a matrix that only ops of ours read: they take rows that lie apart, so that nothing need be copied."""
-    columns = node.target is torch.ops.aten.slice.Tensor and node.args[1] == 1 and len(node.args) == 4
+    columns = bool(node.target is torch.ops.aten.slice.Tensor and node.args[1] == 1 and len(node.args) == 4)
     return columns and all(_is_ours(user) for user in node.users)
 
 
