@@ -94,8 +94,6 @@ def against_inductor(ctx: PassContext, current: Current) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         verified = verify(ctx, rival)
         found = compare({"tvm": current.get(), "inductor": rival}, ctx.prompt_tokens)
-    except (
-        Exception
-    ) as error:  # torch.compile fails in many ways, for want of a C++ compiler among others; TVM's step is there
+    except COMPILERS_RAISE as error:  # for want of a C++ compiler, among others; TVM's step is there
         return {"failed": said(error)}
     return {"compile_s": seconds, "verified": verified, **found, "faster": found["ratio"]["high"] < 1}
