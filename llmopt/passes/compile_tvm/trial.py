@@ -11,7 +11,7 @@ import torch
 
 from llmopt.measure import stats
 from llmopt.passes.base import PassContext
-from llmopt.passes.compile_tvm.compiled import said
+from llmopt.passes.compile_tvm.compiled import COMPILERS_RAISE, said
 from llmopt.passes.compile_tvm.current import Current
 from llmopt.passes.compile_tvm.verify import verify
 from llmopt.runtime.engine import Engine
