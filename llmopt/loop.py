@@ -228,6 +228,8 @@ class _Run:
 
     def _one_pass(self, item: Pass, ctx: PassContext, receipt: Receipt) -> PassRow:
         self.emit(Event("stage", item.name, "checking"))
+        # timing may have left another stage behind: a pass looks at the model as the kept ones have made it
+        self.stages.show(self._patches())
         options = item.options()
         verdict = item.check(ctx)
         if not verdict.applies:

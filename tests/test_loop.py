@@ -741,3 +741,25 @@ def test_all_registered_passes_run_by_default(tiny: Any, clock: None) -> None:
     model = tiny("qwen3")
     llmopt.optimize(model)
     assert [r.name for r in llmopt.report(model).passes] == sorted(PASSES, key=lambda n: PASSES[n].phase)
+
+
+class Looks(Artificial):
+    """Notes which patches it finds on the model."""
+
+    name = "looks"
+    phase = Phase.RUNTIME
+
+    def check(self, ctx: PassContext) -> Verdict:
+        model: Any = ctx.model
+        found = "forward" in vars(model.model.layers[self.layer])
+        return Verdict(False, f"a reason, and the pass before it is {'on' if found else 'off'}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_pass_sees_the_model_as_the_kept_ones_have_made_it(seed: int, tiny: Any, clock: None) -> None:
+    # the rounds before it end with any stage, this one's or the one before
+    model = tiny("qwen3")
+    llmopt.optimize(model, passes=[Second(), Looks()], seed=seed)
+    first, looks = llmopt.report(model).passes
+    assert first.verdict == "kept"
+    assert looks.reason.endswith("is on")
