@@ -30,8 +30,9 @@ class CompileTvm(Pass):
 
     Args:
         backend: "tvm"; "inductor" (torch.compile; needs a C++ compiler at run time, keeps what it compiled where torch does,
-            and compiles anew, for seconds, at the first step of every number of sequences); "auto": both are compiled and timed
-            on this model and machine, the faster is kept; TVM where nothing is measured.
+            and compiles anew, for seconds, at the first step of every number of sequences; fuse_kernels' prompt lookup is off
+            then); "auto": both are compiled and timed on this model and machine, the faster is kept; TVM where nothing is
+            measured.
         cache: keep TVM's libraries on disk and use those that are there (``llmopt cache``).
     """
 

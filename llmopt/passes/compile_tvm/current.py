@@ -49,11 +49,6 @@ class Current:
         """Patches have changed: ``generate`` now stands before ``under``, of fuse_kernels, or before the model's own."""
         self._under, self._settled = under, False
 
-    @property
-    def under(self) -> Generation | None:
-        """fuse_kernels' side of ``generate``, where it is on."""
-        return self._under
-
     def get(self) -> StepEngine:
         """The engine; the one there was where it still stands for the model's tensors.
 
@@ -63,8 +58,8 @@ class Current:
         if not self._settled or self._engine is None:
             engine = self.make(self.backend)
             if self._engine is None or engine.identity() != self._engine.identity():
+                self._prepare(engine)  # before it counts: one that cannot be compiled must not be taken for one that was
                 self._engine = engine
-                self._prepare(engine)
             self._settled = True
         return self._engine
 

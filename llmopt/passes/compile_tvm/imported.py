@@ -156,7 +156,7 @@ def _is_ours(node: torch.fx.Node) -> bool:
 
 
 def _is_new(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (torch.ops.aten.empty.memory_format,)
+    return node.op == "call_function" and node.target is torch.ops.aten.empty.memory_format
 
 
 def _convert_op(node: torch.fx.Node, importer: Any) -> Any:
