@@ -32,6 +32,9 @@ from llmopt.passes.base import Applied, PassContext, Patch
 from llmopt.passes.quantize_gptq.direct import build_quantized
 
 PROMPT, TOKENS = 128, 24
+HEADINGS = (
+    "weights", "decode step", "TPOT ms", "faster by", "over Inductor", "compile s", "from cache s", "kernels", "tokens agree",
+)  # fmt: skip
 BASE, TVM, INDUCTOR, FUSED = "as it is", "tvm", "inductor", "fused"
 
 
@@ -171,8 +174,8 @@ def main() -> None:
             f"{described['cpu']['model']}, {described['threads']} threads; TPOT in ms at depth {PROMPT}, median and 95% "
             f"interval of {args.rounds} interleaved rounds. Ratios: of the model as it is, or of fuse_kernels. Seconds: TVM's "
             "compiling with an empty cache and from it; Inductor's with verifying. Tokens that agree: of 16.\n",
-            "| weights | decode step | TPOT ms | faster by | over Inductor | compile s | from cache s | kernels | tokens agree |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"| {' | '.join(HEADINGS)} |",
+            "|---" * len(HEADINGS) + "|",
             *rows,
         ]
     )

@@ -58,7 +58,9 @@ class Current:
         if not self._settled or self._engine is None:
             engine = self.make(self.backend)
             if self._engine is None or engine.identity() != self._engine.identity():
-                self._prepare(engine)  # before it counts: one that cannot be compiled must not be taken for one that was
+                self._prepare(
+                    engine
+                )  # before it counts: one that cannot be compiled must not be taken for one that was
                 self._engine = engine
             self._settled = True
         return self._engine
