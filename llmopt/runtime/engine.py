@@ -159,11 +159,7 @@ class Engine:
             Logits ``[B, V]`` float32 of the last token of each sequence.
         """
         past, (batch, length) = cache.length, ids.shape
-        new = ids[:, past:]
-        _, keep = visible_tokens(mask, length - past, cache)
-        cache.order_for(own_layers=False)
-        cache.reserve(length + 1)
-        cache.start_after(keep)
+        new, keep = ids[:, past:], self._make_room(ids, mask, cache, own_layers=False)
         rows = Rows.of_batch(batch, length - past, past, rope_positions(mask, ids.shape)[:, past:], keep)
         h = torch.empty(len(rows), self.hidden_size)
         self.embed((new.reshape(-1) if keep is None else new[keep]).contiguous(), h)
@@ -173,6 +169,17 @@ class Engine:
         logits = torch.empty(batch, self.vocab_size)
         self.logits(h[counts.cumsum(0) - 1], logits)
         return logits
+
+    @staticmethod
+    def _make_room(
+        ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache, *, own_layers: bool
+    ) -> torch.Tensor | None:
+        """A cache with room for the tokens it does not hold yet; which of them are no padding (None: all)."""
+        _, keep = visible_tokens(mask, ids.shape[1] - cache.length, cache)
+        cache.order_for(own_layers=own_layers)
+        cache.reserve(ids.shape[1] + 1)
+        cache.start_after(keep)
+        return keep
 
     def logits(self, h: torch.Tensor, out: torch.Tensor) -> None:
         """``out[T, V] = head(norm(h))``, float32."""

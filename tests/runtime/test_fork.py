@@ -117,10 +117,33 @@ for worker in workers:
 }
 
 
+COMPILED = """
+from llmopt.passes import CompileTvm
+llmopt.restore(model)
+llmopt.optimize(
+    model, passes=[CompileTvm(backend=BACKEND)], measure=False, calibration=torch.arange(64).view(2, 32)
+)
+in_child(lambda: len(generate()[0]) == 31)  # before its parent
+expected = generate()
+in_child(same)
+assert same()
+"""
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fork(case: str) -> None:
+    run(CASES[case])
+
+
+@pytest.mark.parametrize("backend", ["tvm", "inductor"])
+def test_a_child_decodes_by_the_compiled_step(backend: str) -> None:
+    pytest.importorskip("tvm")
+    run(f"BACKEND = {backend!r}\n{COMPILED}")
+
+
+def run(case: str) -> None:
     # a hang ends with the child's traceback, and the test by this timeout at the latest
     done = subprocess.run(
-        [sys.executable, "-c", SETUP + CASES[case]], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", SETUP + case], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]

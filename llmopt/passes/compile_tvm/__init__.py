@@ -102,7 +102,11 @@ class CompileTvm(Pass):
         from llmopt.passes.compile_tvm.engine import TvmEngine
         from llmopt.passes.compile_tvm.verify import verify
 
-        engine, details = current.get(), dict[str, Any](backend=current.backend, **current.facts)
+        def waits() -> None:
+            ctx.emit(Event("progress", self.name, "another process is compiling this step"))
+
+        engine = current.get(on_wait=waits)
+        details = dict[str, Any](backend=current.backend, **current.facts)
         if isinstance(engine, TvmEngine) and engine.machine is not None:
             details |= {"kinds": len(engine.kinds), "kernels": sorted(engine.machine.kernels)}
         if not ctx.trials:
@@ -112,8 +116,7 @@ class CompileTvm(Pass):
             return details, {}
         ctx.emit(Event("progress", self.name, "torch.compile on the same step"))
         details["inductor"] = trial.against_inductor(ctx, current)
-        if details["inductor"].get("faster"):
-            current.backend = details["backend"] = "inductor"
+        details["backend"] = current.backend
         return details, {"backend": current.backend}
 
 

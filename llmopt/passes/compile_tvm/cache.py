@@ -107,8 +107,15 @@ class Cache:
         return self._read(final)
 
     @contextlib.contextmanager
-    def building(self, made_from: dict[str, Any], patience_s: float = 600.0) -> Iterator[None]:
+    def building(
+        self, made_from: dict[str, Any], patience_s: float = 600.0, on_wait: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """One builder of an entry at a time, over all processes; the others wait, and then find it.
+
+        Args:
+            made_from: as :meth:`find` takes it.
+            patience_s: how long to wait, in seconds.
+            on_wait: called once where another is building.
 
         Raises:
             RefusedEntryError: the folder is not this user's alone.
@@ -117,11 +124,14 @@ class Cache:
         self._own_folder()
         handle = os.open(self.folder / f".{key_of(made_from)}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
         try:
-            until = time.monotonic() + patience_s
-            while not _locked(handle):
+            until, free = time.monotonic() + patience_s, _locked(handle)
+            if not free and on_wait is not None:
+                on_wait()
+            while not free:
                 if time.monotonic() > until:
                     raise TimeoutError(f"{self.folder}: another process has been building this for {patience_s:.0f} s")
                 time.sleep(0.05)
+                free = _locked(handle)
             yield
         finally:
             os.close(handle)

@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ class Current:
         """Patches have changed: ``generate`` now stands before ``under``, of fuse_kernels, or before the model's own."""
         self._under, self._settled = under, False
 
-    def get(self) -> StepEngine:
+    def get(self, on_wait: Callable[[], None] | None = None) -> StepEngine:
         """The engine; the one there was where it still stands for the model's tensors.
+
+        Args:
+            on_wait: called where another process is compiling the same.
 
         Raises:
             PassError: the step cannot be compiled.
@@ -58,37 +62,42 @@ class Current:
         if not self._settled or self._engine is None:
             engine = self.make(self.backend)
             if self._engine is None or engine.identity() != self._engine.identity():
-                self._prepare(
-                    engine
-                )  # before it counts: one that cannot be compiled must not be taken for one that was
+                # before it counts: one that cannot be compiled must not be taken for one that was
+                self._prepare(engine, on_wait)
                 self._engine = engine
             self._settled = True
         return self._engine
+
+    def adopt(self, engine: StepEngine, backend: str) -> None:
+        """Take an engine that :meth:`make` made, with what it has compiled already."""
+        self._engine, self.backend, self._settled = engine, backend, True
 
     def make(self, backend: str) -> StepEngine:
         """A new engine for the modules as they are now, not compiled yet."""
         kind = InductorEngine if backend == "inductor" else TvmEngine
         return kind(self._resolved, self._under.engine() if self._under else None)
 
-    def _prepare(self, engine: StepEngine) -> None:
+    def _prepare(self, engine: StepEngine, on_wait: Callable[[], None] | None) -> None:
         if not isinstance(engine, TvmEngine):
             return
         made_from = _made_from(engine)
         key = key_of(made_from)
         if key not in self._machines:
             started = time.perf_counter()
-            self._machines[key] = self._machine(engine, made_from)
+            self._machines[key] = self._machine(engine, made_from, on_wait)
             self.facts["compile_s"] = time.perf_counter() - started
         engine.machine = self._machines[key]
 
-    def _machine(self, engine: TvmEngine, made_from: dict[str, Any]) -> Machine:
+    def _machine(
+        self, engine: TvmEngine, made_from: dict[str, Any], on_wait: Callable[[], None] | None
+    ) -> Machine:
         """Found on disk, or built. Whatever is wrong with the disk is said, and no reason not to compile."""
         self.facts["cache"] = "off"
         built: Built | None = None
         if self._on_disk:
             try:
                 cache = Cache()
-                with cache.building(made_from):
+                with cache.building(made_from, on_wait=on_wait):
                     machine = self._found(cache, made_from)
                     if machine is not None:
                         return machine

@@ -16,7 +16,7 @@ from llmopt.runtime.blocks import Context
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.latent import LatentBlock
-from llmopt.runtime.masks import rope_positions, visible_tokens
+from llmopt.runtime.masks import rope_positions
 
 # generated kernels read whole vectors of this size
 _ALIGNMENT = 64
@@ -63,11 +63,8 @@ class StepEngine(Engine):
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         if self.fused:
             return super().prefill(ids, mask, cache)
-        past, length = cache.length, ids.shape[1]
-        _, keep = visible_tokens(mask, length - past, cache)
-        cache.reserve(length + 1)
-        cache.start_after(keep)
-        cache.order_for(own_layers=True)
+        past = cache.length
+        self._make_room(ids, mask, cache, own_layers=True)
         positions = rope_positions(mask, ids.shape)[:, past:]
         logits: torch.Tensor = self._model(
             input_ids=ids[:, past:], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,

@@ -77,15 +77,15 @@ def compare(engines: dict[str, Engine], depth: int) -> dict[str, Any]:
 
 
 def against_inductor(ctx: PassContext, current: Current) -> dict[str, Any]:
-    """Compile the step by Inductor too, verify it, and time both.
+    """Compile the step by Inductor too, verify it, time both, and let ``current`` have the faster.
 
     Args:
         ctx: of the pass, whose patch is off.
-        current: whose engine is TVM's.
+        current: whose engine is TVM's; Inductor's after this where that is faster beyond noise.
 
     Returns:
-        ``compile_s``, what :func:`verify` and :func:`compare` give (the ratio: Inductor's time to TVM's), and ``faster``:
-        Inductor beyond noise. Or ``failed``: why there is nothing to compare.
+        ``compile_s`` and what :func:`verify` and :func:`compare` give (the ratio: Inductor's time to TVM's). Or ``failed``:
+        why there is nothing to compare.
     """
     try:
         rival = current.make("inductor")
@@ -96,4 +96,6 @@ def against_inductor(ctx: PassContext, current: Current) -> dict[str, Any]:
         found = compare({"tvm": current.get(), "inductor": rival}, ctx.prompt_tokens)
     except COMPILERS_RAISE as error:  # for want of a C++ compiler, among others; TVM's step is there
         return {"failed": said(error)}
-    return {"compile_s": seconds, "verified": verified, **found, "faster": found["ratio"]["high"] < 1}
+    if found["ratio"]["high"] < 1:
+        current.adopt(rival, "inductor")
+    return {"compile_s": seconds, "verified": verified, **found}
