@@ -62,7 +62,7 @@ DOT = """{
 }"""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def gemv(
     w_ptr, scale_ptr, x_ptr, y_ptr, WORDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LAUNCH: tl.constexpr,
     ASM: tl.constexpr,
@@ -96,7 +96,7 @@ def gemv(
     tl.store(y_ptr + rows, tl.sum(total.reshape(ROWS, BLOCK // 4), 1).to(tl.float16))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def read(ptr, out_ptr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK
     tl.store(out_ptr + tl.program_id(0), tl.sum(tl.load(ptr + at + tl.arange(0, BLOCK)), 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 from llmopt import native
 from llmopt.env import ISA_NAMES
 from llmopt.models.shapes import tiny_model
+
+# Triton, where it is imported, interprets its kernels: there is no GPU to count on
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ASSETS = Path(__file__).parent.parent / "assets"
 

@@ -136,7 +136,7 @@ def test_metadata_asks_for_lower_bounds_only(wheel: Path) -> None:
 
 
 def test_extras_are_by_capability(wheel: Path) -> None:
-    assert set(metadata(wheel).get_all("Provides-Extra") or []) == {"tvm", "plot", "dev"}
+    assert set(metadata(wheel).get_all("Provides-Extra") or []) == {"gpu", "tvm", "plot", "dev"}
 
 
 def test_the_shipped_library_loads(wheel: Path, tmp_path: Path) -> None:

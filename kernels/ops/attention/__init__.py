@@ -11,6 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 
 __all__ = ["attention"]
 
@@ -61,7 +62,7 @@ def attention(
     if torch.compiler.is_compiling():
         out: torch.Tensor = torch.ops.llmopt.attention(q, k, v, scale, causal, window, key_mask, mask, q_rope, k_rope)
         return out
-    return _cpu(q, k, v, scale, causal, window, key_mask, mask, q_rope, k_rope)
+    return implementation("attention", _cpu, q)(q, k, v, scale, causal, window, key_mask, mask, q_rope, k_rope)
 
 
 def _cpu(
@@ -95,4 +96,5 @@ def _fake(
 
 
 _LIBRARY.impl("attention", _cpu, "CPU")
+_LIBRARY.impl("attention", registered("attention"), "CUDA")
 torch.library.register_fake("llmopt::attention", _fake, lib=_LIBRARY)

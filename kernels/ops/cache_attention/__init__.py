@@ -11,6 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 
 __all__ = ["cache_attention"]
 
@@ -49,7 +50,7 @@ def cache_attention(
     if torch.compiler.is_compiling():
         torch.ops.llmopt.cache_attention(*args)
     else:
-        _cpu(*args)
+        implementation("cache_attention", _cpu, q)(*args)
 
 
 def _cpu(
@@ -73,4 +74,5 @@ def _fake(
 
 
 _LIBRARY.impl("cache_attention", _cpu, "CPU")
+_LIBRARY.impl("cache_attention", registered("cache_attention"), "CUDA")
 torch.library.register_fake("llmopt::cache_attention", _fake, lib=_LIBRARY)

@@ -6,6 +6,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 from llmopt.ops.fused_linear import Weight
 
 __all__ = ["embed"]
@@ -35,7 +36,7 @@ def embed(ids: torch.Tensor, table: Weight, out: torch.Tensor) -> None:
     if torch.compiler.is_compiling():
         torch.ops.llmopt.embed(*args)
     else:
-        _cpu(*args)
+        implementation("embed", _cpu, ids)(*args)
 
 
 def _cpu(ids: torch.Tensor, table: torch.Tensor, rows: int, bits: int, group_size: int, out: torch.Tensor) -> None:
@@ -50,4 +51,5 @@ def _fake(ids: torch.Tensor, table: torch.Tensor, rows: int, bits: int, group_si
 
 
 _LIBRARY.impl("embed", _cpu, "CPU")
+_LIBRARY.impl("embed", registered("embed"), "CUDA")
 torch.library.register_fake("llmopt::embed", _fake, lib=_LIBRARY)

@@ -14,6 +14,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 
 __all__ = ["MODES", "Weight", "fused_linear"]
 
@@ -93,7 +94,7 @@ def fused_linear(
     if torch.compiler.is_compiling():
         torch.ops.llmopt.fused_linear(*args)
     else:
-        _cpu(*args)
+        implementation("fused_linear", _cpu, x)(*args)
 
 
 def _cpu(
@@ -119,4 +120,5 @@ def _fake(
 
 
 _LIBRARY.impl("fused_linear", _cpu, "CPU")
+_LIBRARY.impl("fused_linear", registered("fused_linear"), "CUDA")
 torch.library.register_fake("llmopt::fused_linear", _fake, lib=_LIBRARY)

@@ -11,6 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 from llmopt.ops.int4_linear.layout import check_indices
 
 __all__ = ["int4_experts"]
@@ -59,7 +60,7 @@ def int4_experts(
     if torch.compiler.is_compiling():
         y: torch.Tensor = torch.ops.llmopt.int4_experts(*args)
         return y
-    return _cpu(*args)
+    return implementation("int4_experts", _cpu, x)(*args)
 
 
 def _cpu(
@@ -88,4 +89,5 @@ def _fake(
 
 
 _LIBRARY.impl("int4_experts", _cpu, "CPU")
+_LIBRARY.impl("int4_experts", registered("int4_experts"), "CUDA")
 torch.library.register_fake("llmopt::int4_experts", _fake, lib=_LIBRARY)

@@ -11,6 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 from llmopt.ops.int4_linear.layout import packed_shape
 
 __all__ = ["int4_linear"]
@@ -50,7 +51,7 @@ def int4_linear(
     if torch.compiler.is_compiling():
         y: torch.Tensor = torch.ops.llmopt.int4_linear(x, packed, bias, out_features, group_size, asymmetric)
         return y
-    return _cpu(x, packed, bias, out_features, group_size, asymmetric)
+    return implementation("int4_linear", _cpu, x)(x, packed, bias, out_features, group_size, asymmetric)
 
 
 def _cpu(
@@ -76,4 +77,5 @@ def _fake(
 
 
 _LIBRARY.impl("int4_linear", _cpu, "CPU")
+_LIBRARY.impl("int4_linear", registered("int4_linear"), "CUDA")
 torch.library.register_fake("llmopt::int4_linear", _fake, lib=_LIBRARY)

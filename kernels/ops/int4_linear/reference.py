@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from llmopt.ops.int4_linear import layout
 
 STEPS = 253.0  # of a group's range: kSteps in kernels/cpu/quant_linear_kernel.h
 
+_sixteen_bits = False
+
+
+@contextmanager
+def sixteen_bit_tokens() -> Iterator[None]:
+    """Within it tokens are not quantized, as on a GPU."""
+    global _sixteen_bits
+    before, _sixteen_bits = _sixteen_bits, True
+    try:
+        yield
+    finally:
+        _sixteen_bits = before
+
 
 def quantize_tokens(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """``[T, K]`` as the kernels see it: int8, one scale and one zero point per token and group; dequantized, float32."""
     tokens, k = x.shape
+    if _sixteen_bits:
+        return x.float()
     groups = -(-k // group_size)
     padded = torch.nn.functional.pad(x.float(), (0, groups * group_size - k)).reshape(tokens, groups, group_size)
     # as the kernels do it, down to the rounding, so that the codes agree: one division, one product a value

@@ -9,6 +9,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 from llmopt.ops.int4_linear.layout import check_indices, packed_shape
 
 __all__ = ["int8_linear", "quant_rows"]
@@ -39,7 +40,7 @@ def int8_linear(
     if torch.compiler.is_compiling():
         y: torch.Tensor = torch.ops.llmopt.int8_linear(x, packed, bias, out_features, group_size)
         return y
-    return _cpu(x, packed, bias, out_features, group_size)
+    return implementation("int8_linear", _cpu, x)(x, packed, bias, out_features, group_size)
 
 
 def _cpu(
@@ -63,6 +64,7 @@ def _fake(
 
 
 _LIBRARY.impl("int8_linear", _cpu, "CPU")
+_LIBRARY.impl("int8_linear", registered("int8_linear"), "CUDA")
 torch.library.register_fake("llmopt::int8_linear", _fake, lib=_LIBRARY)
 
 
@@ -99,7 +101,7 @@ def quant_rows(
     if torch.compiler.is_compiling():
         y: torch.Tensor = torch.ops.llmopt.quant_rows(*args)
         return y
-    return _rows_cpu(*args)
+    return implementation("int8_linear", _rows_cpu, packed, "rows")(*args)
 
 
 def _rows_cpu(
@@ -126,4 +128,5 @@ def _rows_fake(
 
 
 _LIBRARY.impl("quant_rows", _rows_cpu, "CPU")
+_LIBRARY.impl("quant_rows", registered("int8_linear", "rows"), "CUDA")
 torch.library.register_fake("llmopt::quant_rows", _rows_fake, lib=_LIBRARY)

@@ -12,6 +12,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 
 __all__ = ["latent_attention"]
 
@@ -55,7 +56,7 @@ def latent_attention(
     if torch.compiler.is_compiling():
         out: torch.Tensor = torch.ops.llmopt.latent_attention(query, cache, seq, slot, scale, rank, start, latent_scale)
         return out
-    return _cpu(query, cache, seq, slot, scale, rank, start, latent_scale)
+    return implementation("latent_attention", _cpu, query)(query, cache, seq, slot, scale, rank, start, latent_scale)
 
 
 def _cpu(
@@ -84,4 +85,5 @@ def _fake(
 
 
 _LIBRARY.impl("latent_attention", _cpu, "CPU")
+_LIBRARY.impl("latent_attention", registered("latent_attention"), "CUDA")
 torch.library.register_fake("llmopt::latent_attention", _fake, lib=_LIBRARY)

@@ -17,6 +17,7 @@ import torch
 from llmopt import native
 from llmopt.errors import InputError
 from llmopt.ops.attention import attention
+from llmopt.ops.device import implementation, registered
 from llmopt.ops.latent_cache.rows import latent_codes, latent_parts
 from llmopt.ops.latent_cache.weights import absorbed_weights, group_for
 
@@ -70,7 +71,7 @@ def latent_cache(
     if torch.compiler.is_compiling():
         query: torch.Tensor = torch.ops.llmopt.latent_cache(*args)
         return query
-    return _cpu(*args)
+    return implementation("latent_cache", _cpu, q)(*args)
 
 
 def _new_query(q: torch.Tensor, cos: torch.Tensor, heads: int, w_uk: object, cache: torch.Tensor) -> torch.Tensor:
@@ -110,6 +111,7 @@ def _fake(
 
 
 _LIBRARY.impl("latent_cache", _cpu, "CPU")
+_LIBRARY.impl("latent_cache", registered("latent_cache"), "CUDA")
 torch.library.register_fake("llmopt::latent_cache", _fake, lib=_LIBRARY)
 
 

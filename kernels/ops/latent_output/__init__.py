@@ -6,6 +6,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 from llmopt.ops.latent_cache.weights import group_for
 
 __all__ = ["latent_output"]
@@ -35,7 +36,7 @@ def latent_output(latent: torch.Tensor, w_uv: torch.Tensor, *, v_dim: int) -> to
     if torch.compiler.is_compiling():
         out: torch.Tensor = torch.ops.llmopt.latent_output(latent, w_uv, v_dim)
         return out
-    return _cpu(latent, w_uv, v_dim)
+    return implementation("latent_output", _cpu, latent)(latent, w_uv, v_dim)
 
 
 def _cpu(latent: torch.Tensor, w_uv: torch.Tensor, v_dim: int) -> torch.Tensor:
@@ -56,4 +57,5 @@ def _fake(latent: torch.Tensor, w_uv: torch.Tensor, v_dim: int) -> torch.Tensor:
 
 
 _LIBRARY.impl("latent_output", _cpu, "CPU")
+_LIBRARY.impl("latent_output", registered("latent_output"), "CUDA")
 torch.library.register_fake("llmopt::latent_output", _fake, lib=_LIBRARY)

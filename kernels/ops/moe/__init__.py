@@ -27,6 +27,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 
 __all__ = ["MOST_DENSE_TOKENS", "Routing", "SharedExperts", "moe", "route"]
 
@@ -147,7 +148,7 @@ def moe(
     if torch.compiler.is_compiling():
         torch.ops.llmopt.moe(*args)
     else:
-        _cpu(*args)
+        implementation("moe", _cpu, h)(*args)
 
 
 def route(
@@ -197,4 +198,5 @@ def _fake(
 
 
 _LIBRARY.impl("moe", _cpu, "CPU")
+_LIBRARY.impl("moe", registered("moe"), "CUDA")
 torch.library.register_fake("llmopt::moe", _fake, lib=_LIBRARY)

@@ -6,6 +6,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import by_triton, implementation, registered
 
 __all__ = ["advance", "next_token"]
 
@@ -27,7 +28,7 @@ def next_token(logits: torch.Tensor, ids: torch.Tensor) -> None:
     if torch.compiler.is_compiling():
         torch.ops.llmopt.next_token(logits, ids)
     else:
-        _cpu(logits, ids)
+        implementation("next_token", _cpu, logits)(logits, ids)
 
 
 def _cpu(logits: torch.Tensor, ids: torch.Tensor) -> None:
@@ -42,6 +43,7 @@ def _fake(logits: torch.Tensor, ids: torch.Tensor) -> None:
 
 
 _LIBRARY.impl("next_token", _cpu, "CPU")
+_LIBRARY.impl("next_token", registered("next_token"), "CUDA")
 torch.library.register_fake("llmopt::next_token", _fake, lib=_LIBRARY)
 
 
@@ -56,6 +58,10 @@ def advance(position: torch.Tensor, slot: torch.Tensor) -> None:
         InputError: shapes or dtypes do not fit together.
         NativeLibraryError: the compiled kernels are not installed.
     """
+    if by_triton(position):
+        position += 1
+        slot += 1
+        return
     try:
         native.library().advance(position, slot)
     except ValueError as error:

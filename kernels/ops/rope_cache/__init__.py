@@ -9,6 +9,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import implementation, registered
 
 __all__ = ["rope_cache"]
 
@@ -56,7 +57,7 @@ def rope_cache(
     if torch.compiler.is_compiling():
         torch.ops.llmopt.rope_cache(*args)
     else:
-        _cpu(*args)
+        implementation("rope_cache", _cpu, qkv)(*args)
 
 
 def _cpu(
@@ -84,4 +85,5 @@ def _fake(
 
 
 _LIBRARY.impl("rope_cache", _cpu, "CPU")
+_LIBRARY.impl("rope_cache", registered("rope_cache"), "CUDA")
 torch.library.register_fake("llmopt::rope_cache", _fake, lib=_LIBRARY)

@@ -88,9 +88,7 @@ class Current:
             self.facts["compile_s"] = time.perf_counter() - started
         engine.machine = self._machines[key]
 
-    def _machine(
-        self, engine: TvmEngine, made_from: dict[str, Any], on_wait: Callable[[], None] | None
-    ) -> Machine:
+    def _machine(self, engine: TvmEngine, made_from: dict[str, Any], on_wait: Callable[[], None] | None) -> Machine:
         """Found on disk, or built. Whatever is wrong with the disk is said, and no reason not to compile."""
         self.facts["cache"] = "off"
         built: Built | None = None

@@ -1,0 +1,81 @@
+"""Which implementation of an op serves its tensors: C++ on the CPU, Triton on an NVIDIA GPU.
+
+A Triton kernel lies beside the op's reference in ``triton_kernel.py``, whose ``run`` takes what the torch op takes. Where
+Triton interprets its kernels (``TRITON_INTERPRET=1`` before it is imported) they run on the CPU's tensors too, value by value:
+that is how they are tested without a GPU, under :func:`interpreting`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from llmopt.errors import NativeLibraryError
+
+__all__ = ["by_triton", "implementation", "interpreting", "registered"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_interpreting = False
+
+
+def by_triton(tensor: torch.Tensor) -> bool:
+    """True where Triton kernels serve this tensor."""
+    return tensor.is_cuda or _interpreting
+
+
+def implementation(op: str, cpu: Callable[P, R], tensor: torch.Tensor, function: str = "run") -> Callable[P, R]:
+    """What runs an op on a tensor: ``cpu``, or a function of its ``triton_kernel.py``.
+
+    Raises:
+        NativeLibraryError: Triton is not installed.
+    """
+    return _triton(op, function) if by_triton(tensor) else cpu
+
+
+def registered(op: str, function: str = "run") -> Callable[..., Any]:
+    """What torch calls for an op on a GPU; Triton is imported with the first call."""
+
+    def run(*args: Any) -> Any:
+        return _triton(op, function)(*args)
+
+    return run
+
+
+@functools.cache
+def _triton(op: str, function: str) -> Callable[..., Any]:
+    try:
+        module = importlib.import_module(f"llmopt.ops.{op}.triton_kernel")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise NativeLibraryError(
+            f"{op}: needs Triton on a GPU, which is not installed (pip install llmopt[gpu])"
+        ) from None
+    found: Callable[..., Any] = getattr(module, function)
+    return found
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Have Triton's interpreter serve the CPU's tensors. For tests, on one thread.
+
+    Raises:
+        NativeLibraryError: Triton was imported without ``TRITON_INTERPRET=1``.
+    """
+    global _interpreting
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        raise NativeLibraryError("Triton interprets nothing: TRITON_INTERPRET=1 was not set when it was imported")
+    _interpreting = True
+    try:
+        yield
+    finally:
+        _interpreting = False

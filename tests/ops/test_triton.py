@@ -1,0 +1,55 @@
+"""Every Triton kernel against its op's reference, interpreted: without a GPU, on the CPU's tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from llmopt.ops import SPECS, device
+from llmopt.ops.int4_linear.reference import sixteen_bit_tokens
+from llmopt.ops.spec import Case, OpSpec
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is not 1")
+
+# without a kernel of their own on a GPU: the screened head pays where bytes of the head are most of a token
+CPU_ONLY = {"screened_head"}
+# of an op's own work, value by value in numpy: what takes minutes
+MOST_WORK = 4_000_000
+# products of packed weights: tokens are rounded to float16 in place of 8 bits
+PRODUCTS = {"int4_linear", "int8_linear", "int4_experts", "fused_linear", "moe", "latent_cache", "latent_output"}
+# relative to the largest value: what is rounded to these between two products of a kernel (attention's weights, activations)
+ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 0.0}
+
+
+def cases() -> list[Any]:
+    found = []
+    for name, spec in SPECS.items():
+        if name in CPU_ONLY:
+            continue
+        for case in spec.cases:
+            if case.real or spec.flops(**spec.make_inputs(case, 0)) > MOST_WORK:
+                continue
+            for dtype in case.params.get("dtypes", spec.tolerance):
+                found.append(pytest.param(spec, case, dtype, id=f"{name}-{case.name}-{str(dtype)[6:]}"))
+    return found
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases())
+def test_a_kernel_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: torch.dtype, nan_memory: None) -> None:
+    case = dataclasses.replace(case, params={**case.params, "dtype": dtype})
+    inputs = spec.make_inputs(case, 1)
+    with sixteen_bit_tokens():
+        expected = spec.reference(**inputs)
+    with torch.no_grad(), device.interpreting():
+        got = spec.run(**inputs)
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    rtol, atol = spec.tolerance[dtype]
+    size = float(expected.float().abs().max()) if expected.numel() else 0.0
+    atol = max(atol, ROUNDED[dtype] * size, 2e-3 * size if spec.name in PRODUCTS else 0.0)
+    rtol = max(rtol, 4e-3 if spec.name in PRODUCTS else 0.0)
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
