@@ -139,8 +139,9 @@ def run(
     m_b, m_h, m_row, m_col = [0] * 4 if mask is None else mask.expand(batch, heads, -1, -1).stride()
     block_d, block_v = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     precise = q.dtype == torch.float32
-    block_n = 16 if precise else 32 if max(block_d, block_v) > 128 else 64
-    most = 16 if precise else 64 if max(block_d, block_v) > 128 else 128
+    widest = max(block_d, block_v)
+    block_n = 16 if precise or widest > 256 else 32 if widest + rope >= 128 else 64
+    most = 16 if precise or widest > 256 else 64
     block_m = max(16, min(most, triton.next_power_of_2(queries)))
     given = [q if x is None else x for x in (q_rope, k_rope, key_mask, mask)]
     _attention[(batch * heads, triton.cdiv(queries, block_m))](
@@ -149,7 +150,7 @@ def run(
         *_strides(q_rope, 3), *_strides(k_rope, 3), *_strides(key_mask, 1), m_b, m_h, m_row, m_col,
         causal, window is not None, key_mask is not None, mask is not None, q_rope is not None, block_m, block_n,
         block_d, block_v, max(16, triton.next_power_of_2(rope)), precise,
-        num_warps=8 if block_m == 128 or block_d > 256 else 4, num_stages=2,
+        num_warps=8 if widest > 256 else 4, num_stages=2,
     )  # fmt: skip
     return out
 

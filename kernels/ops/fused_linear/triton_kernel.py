@@ -314,9 +314,11 @@ def products(
     options = {"BIAS": biases is not None, "MODE": mode, **layout_options(tiles[0], asymmetric, bits)}
     grid = blocks[0] if mode == SWIGLU else sum(blocks)
     if few:
+        # words of a row at a time: fewer where more is summed, or the sums would not fit the registers
+        most = (32 if bits == 8 else 64) // max(1, triton.next_power_of_2(tokens) // 2)
         _gemv[(grid,)](
             inputs.planes, inputs.sums, inputs.factor, *shared, k8s, tiles[0].count * tiles[0].tile, **options, T=tokens,
-            BLOCK_T=triton.next_power_of_2(tokens), KB=64 // max(1, triton.next_power_of_2(tokens) // 2), ASM=DOT8, num_warps=4,
+            BLOCK_T=triton.next_power_of_2(tokens), KB=most, ASM=DOT8, num_warps=4,
         )  # fmt: skip
         return
     block_t = min(32, max(16, triton.next_power_of_2(tokens)))
