@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from llmopt.ops import SPECS, device
+from llmopt.ops.fused_linear import Weight, fused_linear, reference
+from llmopt.ops.fused_linear.spec import weight_data
 from llmopt.ops.int4_linear.reference import sixteen_bit_tokens
 from llmopt.ops.spec import Case, OpSpec
 
@@ -23,6 +25,19 @@ MOST_WORK = 4_000_000
 PRODUCTS = {"int4_linear", "int8_linear", "int4_experts", "fused_linear", "moe", "latent_cache", "latent_output"}
 # relative to the largest value: what is rounded to these between two products of a kernel (attention's weights, activations)
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 0.0}
+
+
+def test_many_tokens_are_multiplied_by_the_dequantized_weight_and_swiglu_has_its_biases() -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = [
+        Weight(weight_data("int4", 48, 64, 32, g), 48, 64, 4, 32, bias=torch.randn(48, generator=g)) for _ in "gu"
+    ]
+    for tokens in (3, 300):
+        x, out = torch.randn(tokens, 64, generator=g), torch.empty(tokens, 48)
+        with torch.no_grad(), sixteen_bit_tokens(), device.interpreting():
+            fused_linear(x, weights, out, mode="swiglu")
+            expected = reference.fused_linear(x, weights, out, mode="swiglu")
+        torch.testing.assert_close(out, expected, rtol=4e-3, atol=4e-3)
 
 
 def cases() -> list[Any]:

@@ -42,18 +42,24 @@ def further(scores, v, by, m, total, acc, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def part_of_keys(seq, slot, start, token, split, START: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A token's sequence, and the slots from ``low`` to below ``high`` that part ``split`` of its keys is."""
+    s = tl.load(seq + token)
+    first = tl.load(start + s) if START else s * 0
+    end = tl.load(slot + token) + 1
+    size = tl.cdiv(tl.cdiv(end - first, PARTS), BLOCK_N) * BLOCK_N
+    low = first + split * size
+    return s, low, tl.minimum(low + size, end)
+
+
+@triton.jit
 def _decode(
     q, k, v, k_scale, v_scale, seq, slot, start, scale, out, part, stats, counters, heads, kv_heads, capacity, dim,
     GROUP: tl.constexpr, START: tl.constexpr, INT8: tl.constexpr, PARTS: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     token, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    s = tl.load(seq + token)
-    first = tl.load(start + s) if START else s * 0
-    end = tl.load(slot + token) + 1
-    size = tl.cdiv(tl.cdiv(end - first, PARTS), BLOCK_N) * BLOCK_N
-    low = first + split * size
-    high = tl.minimum(low + size, end)
+    s, low, high = part_of_keys(seq, slot, start, token, split, START, PARTS, BLOCK_N)
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     row = token * heads + head * GROUP + g
     mine = g < GROUP

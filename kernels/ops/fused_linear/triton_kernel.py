@@ -338,7 +338,9 @@ def run(
     tokens, cols = x.shape
     if tokens == 0:
         return
-    if len(kinds) == 1 and bits[0] <= 8 and tokens <= MOST_GEMM_TOKENS:
+    # the kernels have no biases before SwiGLU
+    plain = epilogue == SWIGLU and biases is not None
+    if len(kinds) == 1 and bits[0] <= 8 and tokens <= MOST_GEMM_TOKENS and not plain:
         ((b, a),) = kinds
         inputs = prepare(x, norm, eps, group_size, sums=a or b == 8)
         products(inputs, weights, rows, cols, b, a, group_size, biases, epilogue, out)

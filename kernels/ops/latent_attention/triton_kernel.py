@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from llmopt.errors import InputError
-from llmopt.ops.cache_attention.triton_kernel import counter, further, put_together, scored
+from llmopt.ops.cache_attention.triton_kernel import counter, further, part_of_keys, put_together, scored
 
 _MOST_PARTS, _LEAST_KEYS = 64, 128
 _LOG2E = 1.4426950408889634
@@ -21,12 +21,7 @@ def _decode(
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     token, block, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    s = tl.load(seq + token)
-    first = tl.load(start + s) if START else s * 0
-    end = tl.load(slot + token) + 1
-    size = tl.cdiv(tl.cdiv(end - first, PARTS), BLOCK_N) * BLOCK_N
-    low = first + split * size
-    high = tl.minimum(low + size, end)
+    s, low, high = part_of_keys(seq, slot, start, token, split, START, PARTS, BLOCK_N)
     h, r, p = block * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
     mine, row = h < heads, token * heads + h
     own = mine[:, None] & (r < rank)[None, :]

@@ -9,6 +9,7 @@ import triton.language as tl
 from llmopt.errors import InputError
 from llmopt.ops.fused_linear.triton_kernel import dequantize
 from llmopt.ops.latent_cache.weights import group_for
+from llmopt.ops.rope_cache.triton_kernel import int8_codes
 
 
 @triton.jit
@@ -34,12 +35,9 @@ def _latents(
     x *= 1.0 / tl.sqrt(tl.sum(x * x) / rank + eps)
     x *= tl.load(norm + r, mask=r < rank, other=0.0)
     if INT8:
-        finite = tl.max((x != x).to(tl.int32)) == 0
-        top = tl.max(tl.abs(x))
-        codes = (x * tl.where(top < 1e-30, 0.0, 127.0 / top) + 12582912.0) - 12582912.0
-        codes = tl.where(finite & (codes == codes), codes, 0.0)
-        tl.store(scales + row, tl.where(finite, tl.where(top < 1e-30, 0.0, top / 127.0), float("nan")))
-        tl.store(cache + row * width + r, codes.to(tl.int8), mask=r < rank)
+        codes, scale = int8_codes(x)
+        tl.store(scales + row, scale)
+        tl.store(cache + row * width + r, codes, mask=r < rank)
         behind = row * roped_width + rank // 2
     else:
         tl.store(cache + row * width + r, x.to(cache.dtype.element_ty), mask=r < rank)

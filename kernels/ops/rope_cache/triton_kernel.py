@@ -10,18 +10,25 @@ from llmopt.errors import InputError
 
 
 @triton.jit
+def int8_codes(x):
+    """Codes of one head, and their scale: the largest value is 127; NaN where a value is."""
+    known = tl.max((x != x).to(tl.int32)) == 0
+    top = tl.max(tl.abs(x))
+    scaled = x * tl.where(top < 1e-30, 0.0, 127.0 / top)
+    # adding this rounds to the nearest whole number, halves to even ones
+    codes = (scaled + 12582912.0) - 12582912.0
+    codes = tl.where(known & (codes == codes), codes, 0.0)
+    scale = tl.where(top < 1e-30, 0.0, top / 127.0)
+    return codes.to(tl.int8), tl.where(known, scale, float("nan"))
+
+
+@triton.jit
 def _put(x, cache, scales, row, dim, d, INT8: tl.constexpr):
     """One head into row ``row`` of the cache, as codes with a scale where the cache is int8."""
     if INT8:
-        finite = tl.max((x != x).to(tl.int32)) == 0
-        top = tl.max(tl.abs(x))
-        scaled = x * tl.where(top < 1e-30, 0.0, 127.0 / top)
-        # adding this rounds to the nearest whole number, halves to even ones
-        codes = (scaled + 12582912.0) - 12582912.0
-        codes = tl.where(finite & (codes == codes), codes, 0.0)
-        scale = tl.where(top < 1e-30, 0.0, top / 127.0)
-        tl.store(scales + row, tl.where(finite, scale, float("nan")))
-        tl.store(cache + row * dim + d, codes.to(tl.int8), mask=d < dim)
+        codes, scale = int8_codes(x)
+        tl.store(scales + row, scale)
+        tl.store(cache + row * dim + d, codes, mask=d < dim)
     else:
         tl.store(cache + row * dim + d, x.to(cache.dtype.element_ty), mask=d < dim)
 
