@@ -163,8 +163,8 @@ inline void linear_part(const LinearJob& job, const Team& team) {
   }
 }
 
-// Runs the job, or records it.
-inline void run_linear(LinearJob job) {
+// Runs the job, or records it under the op's name.
+inline void run_linear(const char* op, LinearJob job) {
   static thread_local Scratch token_scratch;
   if (job.tokens == 0) return;
   const int threads = threads_for(job.bytes() * ((job.tokens + 3) / 4), kBytesPerThread);
@@ -175,7 +175,7 @@ inline void run_linear(LinearJob job) {
   // a recorded job outlives this call, and so must its buffers
   auto buffers = std::make_shared<Scratch>();
   if (job.tokens > kOwnTokens) job.shared = token_buffers(*buffers, job, job.tokens);
-  run_or_record([job = std::move(job), buffers](const Team& team) { linear_part(job, team); }, threads);
+  run_or_record(op, [job = std::move(job), buffers](const Team& team) { linear_part(job, team); }, threads);
 }
 
 inline QuantWeight quant_weight(const char* name, const TensorView& packed, int64_t rows, int64_t cols, int64_t group,
@@ -224,7 +224,7 @@ inline void linear_op(TensorView x, TensorView packed, tvm::ffi::Optional<tvm::f
   job.tokens = in.count;
   job.weights = {{true, w, {}}};
   job.outputs = {{y.data_ptr(), to.stride, static_cast<int>(dtype), bias.has_value() ? (*bias).data_ptr() : nullptr}};
-  run_linear(std::move(job));
+  run_linear(bits == 4 ? "int4_linear" : "int8_linear", std::move(job));
 }
 
 }  // namespace llmopt

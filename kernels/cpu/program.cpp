@@ -1,13 +1,15 @@
-// recording(), record_begin(), record_call(), record_end() -> Function run(times): see program.h.
+// recording(), record_begin(), record_call(), record_end() -> {"run": run(times), "profile": profile(times)}: see program.h.
 #include "program.h"
 
 #include <pthread.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -33,9 +35,15 @@ struct Call {
 
 struct Program {
   std::vector<Task> tasks;
+  std::vector<std::string> names;  // of each task
   std::vector<std::shared_ptr<Call>> calls;
   // no more than when any task was recorded: it may have sized its buffers by that
   int threads = omp_get_max_threads();
+
+  void add(std::string name, Task task) {
+    names.push_back(std::move(name));
+    tasks.push_back(std::move(task));
+  }
 
   void run(int64_t times) const {
     run_team(threads, [&](const Team& team) {
@@ -46,6 +54,31 @@ struct Program {
         }
       }
     });
+    rethrow();
+  }
+
+  // Runs it, and gives seconds of each task, the mean of all times, as the first thread sees them.
+  std::vector<double> profile(int64_t times) const {
+    using Clock = std::chrono::steady_clock;
+    std::vector<double> seconds(tasks.size());
+    run_team(threads, [&](const Team& team) {
+      Clock::time_point before = Clock::now();
+      for (int64_t i = 0; i < times; ++i) {
+        for (size_t t = 0; t < tasks.size(); ++t) {
+          tasks[t](team);
+          team.sync();
+          if (team.rank != 0) continue;
+          const Clock::time_point now = Clock::now();
+          seconds[t] += std::chrono::duration<double>(now - before).count() / times;
+          before = now;
+        }
+      }
+    });
+    rethrow();
+    return seconds;
+  }
+
+  void rethrow() const {
     std::exception_ptr first;
     for (const auto& call : calls) {
       const std::exception_ptr error = std::exchange(call->error, nullptr);
@@ -79,23 +112,33 @@ void record_begin() {
 }
 
 // The first thread will call it while the others wait: for work too small to share.
-void record_call(tvm::ffi::Function function, tvm::ffi::Array<tvm::ffi::Any> args) {
+void record_call(tvm::ffi::String name, tvm::ffi::Function function, tvm::ffi::Array<tvm::ffi::Any> args) {
   if (!current) TVM_FFI_THROW(RuntimeError) << "record_call: nothing is being recorded";
   auto call = std::make_shared<Call>(Call{std::move(function), {args.begin(), args.end()}, {}, nullptr});
   call->views.assign(call->args.begin(), call->args.end());
   current->calls.push_back(call);
-  current->tasks.push_back([call](const Team& team) {
+  current->add(name, [call](const Team& team) {
     if (team.rank == 0) call->run();
   });
 }
 
-tvm::ffi::Function record_end() {
+tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Function> record_end() {
   if (!current) TVM_FFI_THROW(RuntimeError) << "record_end: nothing is being recorded";
   std::shared_ptr<Program> program(std::move(current));
-  return tvm::ffi::Function::FromTyped([program](int64_t times) {
+  auto run = tvm::ffi::Function::FromTyped([program](int64_t times) {
     const std::lock_guard<std::mutex> lock(turn());
     program->run(times);
   });
+  auto profile = tvm::ffi::Function::FromTyped([program](int64_t times) {
+    if (times < 1) TVM_FFI_THROW(ValueError) << "profile: expected times of 1 or more, got " << times;
+    const std::lock_guard<std::mutex> lock(turn());
+    const std::vector<double> seconds = program->profile(times);
+    tvm::ffi::Array<tvm::ffi::Any> found;
+    for (size_t t = 0; t < seconds.size(); ++t)
+      found.push_back(tvm::ffi::Array<tvm::ffi::Any>{tvm::ffi::String(program->names[t]), seconds[t]});
+    return found;
+  });
+  return {{"run", run}, {"profile", profile}};
 }
 
 // forgets what was recorded, after an error
@@ -105,10 +148,10 @@ void record_abort() { current.reset(); }
 
 bool recording() { return current != nullptr; }
 
-void run_or_record(Task task, int threads) {
+void run_or_record(const char* op, Task task, int threads) {
   if (current) {
     current->threads = std::min(current->threads, omp_get_max_threads());
-    current->tasks.push_back(std::move(task));
+    current->add(op, std::move(task));
   } else {
     run_team(threads, task);
   }

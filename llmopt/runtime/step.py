@@ -88,3 +88,7 @@ class DecodeStep:
     def run(self) -> None:
         """Decode ``ids``. The caller has made sure that the cache has room."""
         self._program.run()
+
+    def profile(self, times: int) -> list[tuple[str, float]]:
+        """Decode ``times`` tokens more, for which the cache has room: calls and seconds, as :meth:`.Program.profile`."""
+        return self._program.profile(times)

@@ -242,7 +242,7 @@ def test_recordings_may_follow_each_other_on_one_thread() -> None:
     library.record_abort()
     library.record_begin()
     library.advance(x[0], x[1])
-    run = library.record_end()
+    run = library.record_end()["run"]
     run(2)
     assert x.tolist() == [[2], [2]]
 
@@ -372,7 +372,7 @@ def test_a_function_from_outside_is_called_in_its_place(threads: Callable[[int],
     function = tvm_ffi.convert(kernel)
 
     def calls() -> None:
-        native.library().record_call(function, [tvm_ffi.from_dlpack(logits), tvm_ffi.from_dlpack(out)])
+        native.library().record_call("kernel", function, [tvm_ffi.from_dlpack(logits), tvm_ffi.from_dlpack(out)])
         next_token(out, ids)
 
     program = Program(calls, (logits, ids, out))
@@ -388,7 +388,7 @@ def test_an_error_of_a_function_from_outside_comes_back() -> None:
     def failing() -> None:
         raise ValueError("not today")
 
-    program = Program(lambda: native.library().record_call(tvm_ffi.convert(failing), []), None)
+    program = Program(lambda: native.library().record_call("kernel", tvm_ffi.convert(failing), []), None)
     for _ in range(2):
         with pytest.raises(ValueError, match="not today"):
             program.run()
@@ -396,4 +396,18 @@ def test_an_error_of_a_function_from_outside_comes_back() -> None:
 
 def test_a_function_from_outside_needs_a_recording() -> None:
     with pytest.raises(RuntimeError, match="nothing is being recorded"):
-        native.library().record_call(tvm_ffi.convert(kernel), [])
+        native.library().record_call("kernel", tvm_ffi.convert(kernel), [])
+
+
+def test_a_profile_names_the_calls_and_runs_them() -> None:
+    decoder, ran = Decoder(), Decoder()
+    program = Program(decoder.step, decoder)
+    Program(ran.step, ran).run(3)
+    found = program.profile(3)
+    assert same(decoder.state(), ran.state())
+    assert [name for name, _ in found] == [
+        "embed", "fused_linear", "rope_cache", "cache_attention", *["fused_linear"] * 4, "next_token", "advance",
+    ]  # fmt: skip
+    assert all(seconds > 0 for _, seconds in found)
+    with pytest.raises(ValueError, match="expected times of 1 or more, got 0"):
+        program.profile(0)

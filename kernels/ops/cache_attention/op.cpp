@@ -236,7 +236,8 @@ void cache_attention(TensorView q, TensorView k, TensorView v, TensorView seq, T
   g.start = first_slots(start, g.rows, g.tokens, g.cache);
   if (g.tokens == 0) return;
   auto shared = std::make_shared<Shared>();
-  run_or_record([g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());
+  run_or_record(
+      "cache_attention", [g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());
 }
 
 }  // namespace

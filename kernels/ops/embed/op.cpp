@@ -66,6 +66,7 @@ void embed(TensorView ids, TensorView table, int64_t rows, int64_t bits, int64_t
     if (index[i] < 0 || index[i] >= rows)
       TVM_FFI_THROW(IndexError) << "ids: expected values in [0, " << rows << "), got " << index[i];
   run_or_record(
+      "embed",
       [=](const Team& team) {
         const Share mine = team.share(count);
         for (int64_t i = mine.begin; i < mine.end; ++i) copy_row(t, index[i], out + i * stride);

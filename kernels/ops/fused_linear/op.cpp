@@ -84,7 +84,7 @@ void fused_linear(TensorView x, Optional<TensorView> norm, double eps, Array<Ten
   for (const LinearWeight& w : job.weights)
     if (!w.quantized && w.dense.dtype != dense->dense.dtype)
       TVM_FFI_THROW(ValueError) << "weights: expected one dtype for all that are not quantized";
-  run_linear(std::move(job));
+  run_linear("fused_linear", std::move(job));
 }
 
 }  // namespace

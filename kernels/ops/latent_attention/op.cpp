@@ -187,7 +187,8 @@ void latent_attention(TensorView query, TensorView cache, tvm::ffi::Optional<Ten
   g.start = first_slots(start, g.rows, g.tokens, shape);
   if (g.tokens == 0) return;
   auto shared = std::make_shared<Shared>();
-  run_or_record([g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());
+  run_or_record(
+      "latent_attention", [g, shared](const Team& team) { attention_part(g, *shared, team); }, omp_get_max_threads());
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ void latent_cache(TensorView q, TensorView kv_a, TensorView norm, double eps, Te
   const int64_t floats = p.tokens * (shape.dim + p.heads * p.query_dim());
   const int threads = std::max(threads_for(floats, kGrain), threads_for(heads_bytes(jobs), kBytesPerThread));
   run_or_record(
+      "latent_cache",
       [p, jobs = std::move(jobs)](const Team& team) {
         const LatentCacheKernels& kernels = latent_cache_kernels(active_isa());
         const Share rows = team.share(p.tokens), heads = team.share(p.tokens * p.heads);

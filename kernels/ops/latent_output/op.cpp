@@ -22,7 +22,8 @@ void latent_output(TensorView latent, TensorView w_uv, int64_t group, TensorView
   if (tokens == 0) return;
   HeadsLinear jobs = heads_linear(w, x, rank, y, dim_v, heads, tokens);
   const int threads = threads_for(heads_bytes(jobs) * ((tokens + 3) / 4), kBytesPerThread);
-  run_or_record([jobs = std::move(jobs)](const Team& team) { heads_linear_part(jobs, team); }, threads);
+  run_or_record(
+      "latent_output", [jobs = std::move(jobs)](const Team& team) { heads_linear_part(jobs, team); }, threads);
 }
 
 }  // namespace

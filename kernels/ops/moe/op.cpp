@@ -161,8 +161,9 @@ void run(const Block& b) {
   moe::Carver carver{memory->scratch.get(0)};
   const moe::Buffers buffers = moe::carve(b, step, carver);
   const int threads = threads_for(active_bytes(b) * ((b.tokens + 3) / 4), kBytesPerThread);
-  run_or_record([b, buffers, memory, step](const Team& team) { moe::run_block(b, buffers, *memory, step, team); },
-                threads);
+  run_or_record(
+      "moe", [b, buffers, memory, step](const Team& team) { moe::run_block(b, buffers, *memory, step, team); },
+      threads);
 }
 
 void moe_block(TensorView h, TensorView norm, double eps, TensorView router, Optional<TensorView> bias,

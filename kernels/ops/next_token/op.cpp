@@ -27,6 +27,7 @@ void next_token(TensorView logits, TensorView ids) {
   const int most = omp_get_max_threads();
   found->resize(static_cast<size_t>(rows * most));
   run_or_record(
+      "next_token",
       [=](const Team& team) {
         const Share mine = team.share(vocab);
         for (int64_t r = 0; r < rows; ++r) {
@@ -55,6 +56,7 @@ void advance(TensorView position, TensorView slot) {
   auto* p = const_cast<int32_t*>(check_i32("position", position, rows));
   auto* s = const_cast<int32_t*>(check_i32("slot", slot, rows));
   run_or_record(
+      "advance",
       [=](const Team& team) {
         for (int64_t i = 0; team.rank == 0 && i < rows; ++i) ++p[i], ++s[i];
       },

@@ -58,6 +58,7 @@ void rope_cache(TensorView qkv, Optional<TensorView> q_norm, Optional<TensorView
   check_rows({p.position, p.seq, p.slot}, p.tokens, positions, cache);
   const int64_t units = p.tokens * (p.heads + 2 * p.kv_heads);
   run_or_record(
+      "rope_cache",
       [p, units](const Team& team) {
         const Share mine = team.share(units);
         rope_cache_kernels(active_isa()).run(p, mine.begin, mine.end);

@@ -196,7 +196,7 @@ void screened_head(TensorView x, Optional<TensorView> norm, double eps, TensorVi
   job.buffers->exact.resize(static_cast<size_t>(tokens * job.most_threads));
   job.buffers->guess.resize(static_cast<size_t>(tokens));
   const int threads = threads_for(job.tiles() * plane.plane_bytes() * ((tokens + 3) / 4), kBytesPerThread);
-  run_or_record([job = std::move(job)](const Team& team) { screen_part(job, team); }, threads);
+  run_or_record("screened_head", [job = std::move(job)](const Team& team) { screen_part(job, team); }, threads);
 }
 
 }  // namespace

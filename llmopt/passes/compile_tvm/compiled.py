@@ -49,7 +49,7 @@ def target() -> dict[str, Any]:
 
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"kind": "llvm", "mcpu": str(codegen.llvm_get_system_cpu())}
-    return {"kind": "llvm", "mcpu": "x86-64", "mattr": _FEATURES[native.active_isa()]}
+    return {"kind": "llvm", "mcpu": "x86-64", "mattr": _FEATURES[native.active_isa()], "fast-math-reassoc": True}
 
 
 def build(parts: list[Part], hidden_size: int) -> Built:
@@ -181,7 +181,7 @@ def _instrument(kernels: frozenset[str]) -> Callable[..., int]:
         if not before:
             return _NO_OP
         if name in kernels:
-            native.library().record_call(function, args)
+            native.library().record_call(name, function, args)
             return _SKIP_RUN
         if name == CALL_OP or name.startswith(_MACHINES_OWN):
             return _NO_OP
