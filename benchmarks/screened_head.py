@@ -107,7 +107,7 @@ def hidden_states(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
     sequences, tokens = ids.shape
     h = torch.empty(ids.numel(), engine.hidden_size)
     engine.embed(ids.reshape(-1), h)
-    rows = Rows.of_batch(sequences, tokens, 0, None, None)
+    rows = Rows.of_batch(sequences, tokens, 0, None, None, torch.device("cpu"))
     engine.hidden(h, rows, engine.new_cache(sequences, tokens), tokens)
     return torch.nn.functional.rms_norm(h, (engine.hidden_size,), engine.norm, engine.eps)
 

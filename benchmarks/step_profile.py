@@ -1,6 +1,6 @@
 """Where a decoded token's time goes: the calls of its step, op by op, and what lies outside of it.
 
-    python benchmarks/step_profile.py [--shape ernie-4.5-0.3b] [--weights int4] [--passes fuse_kernels] [--json F] [--markdown F]
+    python benchmarks/step_profile.py [--shape ernie-4.5-0.3b] [--weights int4] [--passes fuse_kernels] [--json F]
 
 Random weights of a published shape, built directly in the format asked for; ``generate`` decodes with a streamer behind a
 prompt of 128 tokens. *Outside the step* is the time from token to token less that of the step: ``generate`` itself, in

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmopt import native
 from llmopt.errors import InputError
+from llmopt.ops.device import kernels_for
 from llmopt.ops.int4_experts import int4_experts
 from llmopt.ops.int4_linear import int4_linear, layout
 from llmopt.ops.int8_linear import int8_linear, quant_rows
@@ -37,14 +37,14 @@ def spread_scales(scales: torch.Tensor, in_features: int, group_size: int) -> to
 
 
 def uses_kernels(x: torch.Tensor) -> bool:
-    """True when the compiled CPU kernels serve this tensor."""
-    return x.is_cpu and _have_kernels()
+    """True when our kernels serve this tensor: compiled ones on the CPU, Triton's on an NVIDIA GPU."""
+    return bool(_have_kernels(x.device.type))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _have_kernels() -> bool:
+def _have_kernels(device: str) -> bool:
     # torch.compile cannot look into the file system, and need not: the answer is the same for the whole process
-    return native.available()
+    return kernels_for(device)
 
 
 class QuantLinear(nn.Module):

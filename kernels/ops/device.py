@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from llmopt import native
 from llmopt.errors import NativeLibraryError
 
-__all__ = ["by_triton", "implementation", "interpreting", "registered"]
+__all__ = ["by_triton", "implementation", "interpreting", "kernels_for", "registered"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +30,13 @@ _interpreting = False
 def by_triton(tensor: torch.Tensor) -> bool:
     """True where Triton kernels serve this tensor."""
     return tensor.is_cuda or _interpreting
+
+
+def kernels_for(device: str) -> bool:
+    """True where the ops run on a device of this type: the compiled library is there, or Triton is."""
+    if device == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return device == "cpu" and native.available()
 
 
 def implementation(op: str, cpu: Callable[P, R], tensor: torch.Tensor, function: str = "run") -> Callable[P, R]:

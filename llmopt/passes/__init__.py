@@ -9,12 +9,15 @@ from llmopt.errors import InputError
 from llmopt.passes.base import Pass
 from llmopt.passes.compile_tvm import CompileTvm
 from llmopt.passes.fuse_kernels import FuseKernels
+from llmopt.passes.pool_memory import PoolMemory
 from llmopt.passes.quantize_gptq import QuantizeGptq
 from llmopt.passes.swap_flash_attention import SwapFlashAttention
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (QuantizeGptq, SwapFlashAttention, FuseKernels, CompileTvm)}
+PASSES: dict[str, type[Pass]] = {
+    p.name: p for p in (QuantizeGptq, SwapFlashAttention, FuseKernels, CompileTvm, PoolMemory)
+}
 
-__all__ = ["PASSES", "CompileTvm", "FuseKernels", "QuantizeGptq", "SwapFlashAttention", "choose"]
+__all__ = ["PASSES", "CompileTvm", "FuseKernels", "PoolMemory", "QuantizeGptq", "SwapFlashAttention", "choose"]
 
 
 def choose(passes: Sequence[str | Pass] | None) -> list[Pass]:

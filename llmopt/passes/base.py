@@ -65,12 +65,21 @@ class Swap:
 
 
 class Patch:
-    """Reversible edits, switched as one. Starts switched off."""
+    """Reversible edits, switched as one. Starts switched off.
 
-    def __init__(self, swaps: Iterable[Swap] = (), on_enable: Callable[[], None] | None = None) -> None:
+    Args:
+        swaps: the edits.
+        on_enable: called when they have been made.
+        on_disable: called before they are undone.
+    """
+
+    def __init__(
+        self, swaps: Iterable[Swap] = (), on_enable: Callable[[], None] | None = None,
+        on_disable: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self.swaps = list(swaps)
         self.enabled = False
-        self._on_enable = on_enable
+        self._on_enable, self._on_disable = on_enable, on_disable
 
     def enable(self) -> None:
         """Make all edits, or none if one fails."""
@@ -93,6 +102,8 @@ class Patch:
         """Undo all edits, last first."""
         if not self.enabled:
             return
+        if self._on_disable is not None:
+            self._on_disable()
         for swap in reversed(self.swaps):
             swap.undo()
         self.enabled = False

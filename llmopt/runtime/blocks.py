@@ -6,6 +6,7 @@ from a workspace, so that a recorded step finds them where they were.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,16 @@ from llmopt.runtime.weights import norm_of, weight_of
 
 
 class Workspace:
-    """Buffers by name and shape, made once: the next layer uses those of the one before."""
+    """Buffers by name, made once: the next layer uses those of the one before, and fewer tokens those of more.
 
-    def __init__(self, recorded: bool = False) -> None:
+    Args:
+        device: of the buffers.
+        recorded: a program is recorded over them.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", *, recorded: bool = False) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
-        self.recorded = recorded
+        self.device, self.recorded = device, recorded
         self._kept: list[torch.Tensor] = []
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -39,9 +45,16 @@ class Workspace:
     def get(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A buffer of this shape and dtype; its contents are whatever was there."""
         found = self._buffers.get(name)
-        if found is None or found.shape != shape or found.dtype != dtype:
-            found = self._buffers[name] = torch.empty(shape, dtype=dtype)
-        return found
+        if found is not None and found.shape == shape and found.dtype == dtype:
+            return found
+        # a graph that is traced holds for any sizes, and must not compare them
+        if found is not None and not torch.compiler.is_compiling():
+            size = math.prod(shape)
+            if found.numel() >= size and found.dtype == dtype:
+                return found.view(-1)[:size].view(shape)
+            self.keep(found)
+        made = self._buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        return made
 
 
 @dataclass(frozen=True, slots=True)

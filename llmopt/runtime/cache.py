@@ -1,7 +1,8 @@
-"""The preallocated KV cache: contiguous keys and values a head, in huge pages, that still is a transformers ``Cache``.
+"""The preallocated KV cache: contiguous keys and values a head, that still is a transformers ``Cache``.
 
 A step writes its token in place and reads what is there: nothing is copied, and nothing allocated until the capacity is
-used up. The slots are those of transformers' own caches, padding included, so that a layer's own forward can use it too.
+used up. On the CPU it is in huge pages. The slots are those of transformers' own caches, padding included, so that a layer's
+own forward can use it too.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class KVCache(Cache):  # type: ignore[misc]
         latent_rank: of latent attention: a "key" then is a latent of this size with its rope key behind it, and there are
             no values. In int8 the rope key is bfloat16: :mod:`llmopt.ops.latent_cache.rows`.
         own_halves: the model's own layers keep rotated pairs as halves, (0, 2, 4, ..., 1, 3, 5, ...); the engine does not.
+        device: of all buffers.
 
     Attributes:
         keys: ``[S, Hk, C, D]`` a layer; int8 latents: D bytes a row.
@@ -105,6 +107,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(
         self, sequences: int, layers: int, kv_heads: int, head_dims: tuple[int, int], capacity: int,
         dtype: torch.dtype, latent_rank: int | None = None, own_halves: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         if dtype == torch.int8 and latent_rank is not None:
             if latent_rank % 2:
@@ -112,12 +115,14 @@ class KVCache(Cache):  # type: ignore[misc]
             head_dims = (2 * head_dims[0] - latent_rank, head_dims[1])
         self.sequences, self.kv_heads, self.head_dims, self.dtype = sequences, kv_heads, head_dims, dtype
         self.latent_rank, self._own_halves, self._in_halves = latent_rank, own_halves, False
-        self.capacity = 0
+        self.capacity, self.device = 0, torch.device(device)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.key_scales: list[torch.Tensor] = []
         self.value_scales: list[torch.Tensor] = []
-        self.start = torch.zeros(sequences, dtype=torch.int32)  # first slot of each sequence that is no padding
+        self.start = torch.zeros(
+            sequences, dtype=torch.int32, device=device
+        )  # first slot of each sequence that is no padding
         self.step: Any = None  # the decode step recorded over these buffers, while a generate call has both
         super().__init__(layers=[KVLayer(self, i) for i in range(layers)])
         self.reserve(capacity)
@@ -185,14 +190,19 @@ class KVCache(Cache):  # type: ignore[misc]
         layers, tokens = len(self.layers), self.sequences * self.kv_heads * capacity
         shape = (self.sequences, self.kv_heads, capacity)
         sizes = [tokens * dim for dim in self.head_dims]
-        parts = huge_block(sum(sizes) * layers * self.dtype.itemsize).view(self.dtype).split(sizes * layers)
+        parts = self._block(sum(sizes) * layers * self.dtype.itemsize).view(self.dtype).split(sizes * layers)
         self.keys = [k.view(*shape, self.head_dims[0]) for k in parts[::2]]
         self.values = [v.view(*shape, self.head_dims[1]) for v in parts[1::2]]
         if self.dtype == torch.int8:
             kinds = 2 if self.latent_rank is None else 1
-            scales = huge_block(kinds * layers * tokens * torch.float32.itemsize).view(torch.float32).split(tokens)
+            scales = self._block(kinds * layers * tokens * torch.float32.itemsize).view(torch.float32).split(tokens)
             self.key_scales = [k.view(shape) for k in scales[::kinds]]
             self.value_scales = [v.view(shape) for v in scales[1::2]] if kinds == 2 else []
+
+    def _block(self, size: int) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return huge_block(size)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     # ---- what transformers asks of a cache beyond its layers
 
@@ -224,7 +234,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence ``repeats`` times."""
-        self._select(torch.arange(self.sequences).repeat_interleave(repeats))
+        self._select(torch.arange(self.sequences, device=self.device).repeat_interleave(repeats))
 
     def _select(self, indices: torch.Tensor) -> None:
         if indices.dim() != 1:

@@ -10,6 +10,7 @@ from torch import nn
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.models.base import ModelFamily, ResolvedLayer, ResolvedModel
+from llmopt.ops.device import by_triton
 from llmopt.ops.embed import embed
 from llmopt.ops.screened_head import screened_head
 from llmopt.runtime import screen
@@ -19,7 +20,7 @@ from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.linear import linears
 from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.moe import MoeBlock
-from llmopt.runtime.program import Program
+from llmopt.runtime.program import Recorded, recorded
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.weights import norm_of, weight_of
 
@@ -43,43 +44,53 @@ class Engine:
         resolved: the model; its modules are read as they are now.
         screened: choose greedy tokens by a screened head, where it can be screened; None: where that pays.
         kv_dtype: of the caches it makes, int8 among them; None: the model's.
+        pooled: memory that a call needs is kept for the next (:mod:`llmopt.passes.pool_memory`); on a GPU decode steps run as
+            CUDA graphs, in memory that they share.
 
     Raises:
         UnsupportedModelError: a part that the ops do not know.
     """
 
     def __init__(
-        self, resolved: ResolvedModel, screened: bool | None = None, kv_dtype: torch.dtype | None = None
-    ) -> None:
+        self, resolved: ResolvedModel, screened: bool | None = None, kv_dtype: torch.dtype | None = None,
+        pooled: bool = False,
+    ) -> None:  # fmt: skip
         reason = unsupported(resolved)
         if reason:
             raise UnsupportedModelError(reason)
         model, family, config = resolved.model, resolved.family, resolved.model.config
         parent, attr = resolved.parent_of_embedding()
-        self.config, self.kv_dtype = config, kv_dtype or resolved.dtype
+        self.config, self.kv_dtype, self.device = config, kv_dtype or resolved.dtype, resolved.device
         self.table = weight_of(getattr(parent, attr), "embedding")
         self.layers = [_blocks(layer, family, config) for layer in resolved.layers]
         self.norm, self.eps = norm_of(resolved.final_norm)
         self.head = weight_of(getattr(resolved.head.parent, resolved.head.attr), resolved.head.name)
         self.hidden_size, self.vocab_size = self.table.cols, self.head.rows
         wanted = screen.pays(self.head) if screened is None else screened
-        self.screened = wanted and not screen.unfit(self.head)
+        self.screened = wanted and not screen.unfit(self.head) and not by_triton(self.head.data)
         self._rotary: Any = model.get_submodule(family.rotary)
         self._interleaved = family.attention.rope_style(config) == "interleaved"
         self._own_halves = family.attention.rotated_as_halves
         self._rope: Rope | None = None
+        self.pooled = pooled
+        self._graph_pool: Any = None
+        self._idle_work: list[Workspace] = []
 
     def new_cache(self, sequences: int, capacity: int) -> KVCache:
         """An empty cache for this model."""
+        return KVCache(sequences, capacity=capacity, **self.cache_options())
+
+    def cache_options(self) -> dict[str, Any]:
+        """What every cache of this model is made with."""
         first = self.layers[0][0]
         if isinstance(first, LatentBlock):
             kv_heads, dims, rank = 1, (first.row_size, 0), first.rank
         else:
             kv_heads, dims, rank = first.kv_heads, (first.head_dim, first.head_dim), None
-        return KVCache(
-            sequences, len(self.layers), kv_heads, dims, capacity, self.kv_dtype, latent_rank=rank,
-            own_halves=self._interleaved and self._own_halves,
-        )  # fmt: skip
+        return {
+            "layers": len(self.layers), "kv_heads": kv_heads, "head_dims": dims, "dtype": self.kv_dtype, "latent_rank": rank,
+            "own_halves": self._interleaved and self._own_halves, "device": self.device,
+        }  # fmt: skip
 
     def stand_ins(self) -> list[tuple[nn.Module, int]]:
         """Modules that a decode step does not read, each with the bytes it reads in their place."""
@@ -90,8 +101,8 @@ class Engine:
         rope = self._rope
         if rope is None or len(rope.cos) < positions:
             rows = -(-positions // _ROPE_ROWS) * _ROPE_ROWS
-            like = torch.empty(1, 1, 1)
-            angles = self._rotary(like, torch.arange(rows)[None])
+            like = torch.empty(1, 1, 1, device=self.device)
+            angles = self._rotary(like, torch.arange(rows, device=self.device)[None])
             # each angle twice, or once as a complex number
             cos, sin = (angles.real, angles.imag) if isinstance(angles, torch.Tensor) else (_half(x) for x in angles)
             rope = Rope(cos[0].float().contiguous(), sin[0].float().contiguous(), self._interleaved)
@@ -124,8 +135,15 @@ class Engine:
         """
         rope = self.rope(positions)
         size = CHUNK_TOKENS if on_layer is None else max(1, len(rows))
+        # callers in several threads: each has buffers of its own
+        try:
+            work = self._idle_work.pop()
+        except IndexError:
+            work = Workspace(self.device)
         for part, some in rows.chunks(size):
-            self.run_layers(h[part], Context(some, cache, rope, Workspace()), on_layer)
+            self.run_layers(h[part], Context(some, cache, rope, work), on_layer)
+        if self.pooled and on_layer is None:
+            self._idle_work.append(work)
         return h
 
     def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -143,9 +161,15 @@ class Engine:
         self.run_layers(h, ctx)
         return h
 
-    def program(self, step: DecodeStep) -> Program:
+    def program(self, step: DecodeStep) -> Recorded:
         """What runs a step again and again: its calls, recorded."""
-        return Program(step.make_calls)
+        return recorded(step, graph=self.pooled)
+
+    def graph_pool(self) -> Any:
+        """Memory shared by the CUDA graphs of all steps."""
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        return self._graph_pool
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """Run the tokens the cache does not hold yet.
@@ -160,13 +184,15 @@ class Engine:
         """
         past, (batch, length) = cache.length, ids.shape
         new, keep = ids[:, past:], self._make_room(ids, mask, cache, own_layers=False)
-        rows = Rows.of_batch(batch, length - past, past, rope_positions(mask, ids.shape)[:, past:], keep)
-        h = torch.empty(len(rows), self.hidden_size)
+        rows = Rows.of_batch(
+            batch, length - past, past, rope_positions(mask, ids.shape, ids.device)[:, past:], keep, self.device
+        )
+        h = torch.empty(len(rows), self.hidden_size, device=self.device)
         self.embed((new.reshape(-1) if keep is None else new[keep]).contiguous(), h)
         self.hidden(h, rows, cache, length)
         cache.length = length
-        counts = torch.full((batch,), length - past) if keep is None else keep.sum(-1)
-        logits = torch.empty(batch, self.vocab_size)
+        counts = torch.full((batch,), length - past, device=self.device) if keep is None else keep.sum(-1)
+        logits = torch.empty(batch, self.vocab_size, device=self.device)
         self.logits(h[counts.cumsum(0) - 1], logits)
         return logits
 

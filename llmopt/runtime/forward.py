@@ -32,6 +32,7 @@ class FusedForward:
     def __init__(self, stack: nn.Module, engine: Callable[[], Engine], fallbacks: dict[str, int]) -> None:
         self._stack, self._engine, self._fallbacks = stack, engine, fallbacks
         self._own = stack.forward
+        self._device = next(stack.parameters()).device
 
     def __call__(
         self, input_ids: torch.Tensor | None = None, attention_mask: Any = None,
@@ -67,8 +68,8 @@ class FusedForward:
             cache = engine.new_cache(batch, past + tokens)
         cache.reserve(past + tokens)
         cache.start_after(keep)
-        rows = Rows.of_batch(batch, tokens, past, position_ids, keep)
-        h = torch.zeros(batch * tokens, engine.hidden_size)
+        rows = Rows.of_batch(batch, tokens, past, position_ids, keep, given.device)
+        h = torch.zeros(batch * tokens, engine.hidden_size, device=given.device)
         if ids is not None:
             engine.embed(ids.reshape(-1).contiguous(), h)
         else:
@@ -91,7 +92,7 @@ class FusedForward:
 
         def call(index: int, h: torch.Tensor) -> None:
             # a copy: whoever keeps it must not see the next layers work on it
-            layer, shown = layers[index], torch.zeros(batch * tokens, h.shape[1])
+            layer, shown = layers[index], torch.zeros(batch * tokens, h.shape[1], device=h.device)
             shown[slice(None) if keep is None else keep.reshape(-1)] = h
             shown = shown.view(batch, tokens, -1)
             for hook in list(layer._forward_hooks.values()):
@@ -110,7 +111,7 @@ class FusedForward:
         given = ids if ids is not None else embeds
         if given is None or (ids is not None and embeds is not None):
             return "neither input_ids nor inputs_embeds alone", None
-        if given.device.type != "cpu":
+        if given.device != self._device:
             return f"inputs on {given.device.type}", None
         if cache is not None and not isinstance(cache, KVCache):
             return f"a {type(cache).__name__} instead of llmopt's cache", None

@@ -8,8 +8,7 @@ else is not covered stay transformers' own, on the same modules.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,21 +18,40 @@ from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup, Speculation
 from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.step import DecodeStep
 
+# caches that a pooled engine keeps, each of another number of sequences
+_MOST_IDLE = 4
+
+
+class EngineSource(Protocol):
+    """Where the engine comes from.
+
+    Attributes:
+        pooled: as of :class:`~llmopt.runtime.engine.Engine`; :meth:`forget` when that changes.
+    """
+
+    pooled: bool
+
+    def get(self) -> Engine:
+        """The engine for the modules as they are now."""
+
+    def forget(self) -> None:
+        """Modules or tensors have changed, or options have."""
+
 
 class Generation:
     """Stands in for ``model.generate`` and ``model._prepare_cache_for_generation``.
 
     Args:
         model: the causal LM.
-        engine: gives the engine for the modules as they are now.
+        source: of the engine.
         lookup: prompt lookup for calls that do not ask for it themselves, or None.
 
     Attributes:
         lookup_counts: of all calls so far, by the names in :data:`~llmopt.runtime.lookup.COUNTS`.
     """
 
-    def __init__(self, model: Any, engine: Callable[[], Engine], lookup: Lookup | None = None) -> None:
-        self._model, self._engine, self.lookup = model, engine, lookup
+    def __init__(self, model: Any, source: EngineSource, lookup: Lookup | None = None) -> None:
+        self._model, self._source, self.lookup = model, source, lookup
         self.lookup_counts = dict.fromkeys(COUNTS, 0)
         self._own_generate = model.generate
         self._own_sample = model._sample
@@ -47,11 +65,18 @@ class Generation:
 
     def engine(self) -> Engine:
         """The engine for the modules as they are now."""
-        return self._engine()
+        return self._source.get()
 
     def forget(self) -> None:
         """Drop the kept cache and its recorded step: they hold on to the weights of the engine they were made for."""
         self._idle = []
+
+    def changed(self, *, pooled: bool | None = None) -> None:
+        """Tensors of the model lie elsewhere now, or the engine is to be another in this."""
+        if pooled is not None:
+            self._source.pooled = pooled
+        self._source.forget()
+        self.forget()
 
     # ---- the cache
 
@@ -60,34 +85,36 @@ class Generation:
         max_cache_length: int, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Give ``generate`` our cache where it would make a plain dynamic one."""
-        plain = (
-            model_kwargs.get("past_key_values") is None
-            and generation_config.use_cache is not False
-            and generation_config.cache_implementation in (None, "dynamic")
-            and not args
-            and not kwargs
-        )
-        if not plain or getattr(generation_config, "is_assistant", False):
+        if args or kwargs or not wants_plain_cache(generation_config, model_kwargs):
             return self._own_prepare(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
             )
-        sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        sequences = sequences_of(generation_config, batch_size)
         # transformers leaves out the last token; a step wants a slot for it, and one more
         model_kwargs["past_key_values"] = self._take_cache(sequences, max_cache_length + 2)
         return None
 
     def _take_cache(self, sequences: int, capacity: int) -> KVCache:
-        engine = self._engine()
-        try:
-            step = self._idle.pop()  # callers in several threads: one of them gets it
-        except IndexError:
-            return engine.new_cache(sequences, capacity)
-        cache = step.cache
-        if cache.sequences != sequences or step.capacity < capacity or not step.fits(cache, engine):
-            return engine.new_cache(sequences, capacity)
-        cache.reset()
-        cache.step = step
-        return cache
+        engine = self.engine()
+        for step in list(self._idle):
+            cache = step.cache
+            if cache.sequences != sequences or step.capacity < capacity or not step.fits(cache, engine):
+                continue
+            try:
+                self._idle.remove(step)  # callers in several threads: one of them gets it
+            except ValueError:
+                continue
+            cache.reset()
+            cache.step = step
+            return cache
+        return engine.new_cache(sequences, capacity)
+
+    def _keep(self, step: DecodeStep) -> None:
+        """For the next call of as many sequences: the last step alone, or, pooled, the last of each of some sizes."""
+        others: list[DecodeStep] = []
+        if self._source.pooled:
+            others = [idle for idle in self._idle if idle.cache.sequences != step.cache.sequences]
+        self._idle = [*others[1 - _MOST_IDLE :], step]
 
     # ---- the loop
 
@@ -125,13 +152,28 @@ class Generation:
                 streamer=streamer, **more, **model_kwargs,
             )  # fmt: skip
         lookup = _lookup_of(generation_config) if asked else self.lookup
-        loop = _Loop(self._engine(), cache, input_ids, model_kwargs, generation_config)
+        loop = _Loop(self.engine(), cache, input_ids, model_kwargs, generation_config)
         if lookup is not None and len(input_ids) == 1:
             loop.lookup, loop.counts = lookup, self.lookup_counts
         result = loop.run(logits_processor, stopping_criteria, streamer)
         if not (generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)):
-            self._idle = [loop.step]
+            self._keep(loop.step)
         return result
+
+
+def wants_plain_cache(config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """True where ``generate`` would make a cache that grows."""
+    return (
+        model_kwargs.get("past_key_values") is None
+        and config.use_cache is not False
+        and config.cache_implementation in (None, "dynamic")
+        and not getattr(config, "is_assistant", False)
+    )
+
+
+def sequences_of(config: Any, batch_size: int) -> int:
+    """Sequences that are decoded for a batch."""
+    return batch_size * int(max(config.num_beams, config.num_return_sequences))
 
 
 def engine_of(model: Any) -> Engine | None:
@@ -196,13 +238,13 @@ def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[s
         return "synced GPUs, an assistant model or chunked prefill"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attention weights or hidden states are asked for"
-    if kwargs.get("inputs_embeds") is not None or ids.device.type != "cpu" or ids.shape[0] != cache.sequences:
+    if kwargs.get("inputs_embeds") is not None or ids.device != cache.device or ids.shape[0] != cache.sequences:
         return "embeddings, another device or another batch size"
     if ids.shape[1] <= cache.length:
         return "no new tokens"
     given = kwargs.get("position_ids")
     if given is not None:
-        usual = rope_positions(kwargs.get("attention_mask"), ids.shape)
+        usual = rope_positions(kwargs.get("attention_mask"), ids.shape, ids.device)
         if given.shape[-1] > ids.shape[1] or not bool((given == usual[:, -given.shape[-1] :]).all()):
             return "positions of the caller's own"
     return visible_tokens(kwargs.get("attention_mask"), ids.shape[1] - cache.length, cache)[0]
@@ -232,7 +274,7 @@ class _Loop:
         limit = min((c.max_length for c in criteria if hasattr(c, "max_length")), default=None)
         if limit is None:
             limit = self.prompt + 4096
-        buffer = torch.empty(self.ids.shape[0], max(limit, self.prompt + 1), dtype=torch.int64)
+        buffer = torch.empty(self.ids.shape[0], max(limit, self.prompt + 1), dtype=torch.int64, device=self.ids.device)
         buffer[:, : self.prompt] = self.ids
         self.ids = buffer
         logits = self.engine.prefill(self.ids[:, : self.prompt], self.mask, self.cache)
@@ -336,7 +378,7 @@ class _Finish:
         self._others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
         self._pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self._pad = config._pad_token_tensor
-        self._done = torch.zeros(ids.shape[0], dtype=torch.bool)
+        self._done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         self._any_done = False
 
     def holds_end(self, tokens: torch.Tensor) -> bool:

@@ -46,7 +46,9 @@ def _halves_of(kv_b: Any, heads: int, nope: int) -> _Halves:
     if kept is None or kept[0] != made_from:
         dense = kv_b.dequantize() if quantized else weight
         dtype = torch.uint8 if quantized else dense.dtype
-        kept = made_from, absorbed_weights(dense, heads=heads, nope=nope, dtype=dtype)
+        # packing is the CPU's
+        uk, uv = absorbed_weights(dense.cpu(), heads=heads, nope=nope, dtype=dtype)
+        kept = made_from, (uk.to(weight.device), uv.to(weight.device))
         _MADE[kv_b] = kept
     return kept[1]
 

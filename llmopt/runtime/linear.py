@@ -46,7 +46,7 @@ def linears(
 
 def _product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     if weight.packed:
-        out = torch.empty(x.shape[0], weight.rows)
+        out = torch.empty(x.shape[0], weight.rows, device=x.device)
         fused_linear(x, (weight,), out)
         return out
     bias = None if weight.bias is None else weight.bias.to(weight.data.dtype)

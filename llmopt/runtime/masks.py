@@ -29,8 +29,8 @@ def visible_tokens(mask: Any, tokens: int, cache: KVCache | None) -> tuple[str, 
     return "", (None if past > 0 or not start.any() else visible)
 
 
-def rope_positions(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+def rope_positions(mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor:
     """Rope positions ``[batch, tokens]`` as transformers counts them: padding does not count."""
     if mask is None:
-        return torch.arange(shape[1]).expand(shape)
+        return torch.arange(shape[1], device=device).expand(shape)
     return (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from llmopt.errors import UnsupportedModelError
 from llmopt.models.base import ModelFamily, MoeSpec, ResolvedLayer
+from llmopt.ops.device import by_triton
 from llmopt.ops.moe import MOST_DENSE_TOKENS, Routing, SharedExperts, moe
 from llmopt.packed import QuantExperts
 from llmopt.runtime.blocks import Context, gated_weights
@@ -49,7 +50,8 @@ class MoeBlock:
 
     def run(self, h: torch.Tensor, ctx: Context) -> None:
         """``h += moe(norm(h))``."""
-        if not self.packed and not only_ops() and h.shape[0] > MOST_DENSE_TOKENS:
+        own = not self.packed and not only_ops() and not by_triton(h)
+        if own and h.shape[0] > MOST_DENSE_TOKENS:
             x = functional.rms_norm(h, (h.shape[1],), self.norm, self.eps).to(self.dtype)
             out = self.module(x[None])
             h += (out[0] if isinstance(out, tuple) else out)[0]

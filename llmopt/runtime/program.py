@@ -1,18 +1,39 @@
-"""Records op calls and runs them again as one call (kernels/cpu/program.h)."""
+"""What a decode step consists of, made once and run again as one: op calls on the CPU, or a CUDA graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from llmopt import native
+from llmopt.ops.device import by_triton
+
+if TYPE_CHECKING:
+    from llmopt.runtime.step import DecodeStep
+
+# runs before a graph is captured: the first compiles kernels, the second finds whatever the first has kept
+_WARM_UP = 2
+
+
+class Recorded(Protocol):
+    """A step that can be run."""
+
+    def run(self, times: int = 1) -> None:
+        """Run it, several times if asked."""
 
 
 def only_ops() -> bool:
     """True where nothing of torch's may stand in for an op: a program is recorded on this thread, or a graph is traced."""
-    return torch.compiler.is_compiling() or bool(native.library().recording())
+    return torch.compiler.is_compiling() or (native.available() and bool(native.library().recording()))
+
+
+def recorded(step: DecodeStep, *, graph: bool = False) -> Recorded:
+    """A step's calls for its device: on the CPU a program of ops, on a GPU the calls themselves or a CUDA graph of them."""
+    if not by_triton(step.ids):
+        return Program(step.make_calls)
+    return GraphProgram(step) if graph and step.ids.is_cuda else Calls(step.make_calls)
 
 
 class Program:
@@ -48,3 +69,49 @@ class Program:
         A call's time ends when all threads have done their share.
         """
         return [(str(name), float(seconds)) for name, seconds in self._profile(times)]
+
+
+class Calls:
+    """The calls themselves, made anew by every run."""
+
+    def __init__(self, calls: Callable[[], object]) -> None:
+        self._calls = calls
+
+    def run(self, times: int = 1) -> None:
+        """Run it, several times if asked."""
+        for _ in range(times):
+            self._calls()
+
+
+class GraphProgram:
+    """A step captured as a CUDA graph: one launch a token, whatever it consists of.
+
+    Sequences, positions and slots are read on the GPU, so that one graph serves every token. Graphs are launched on the stream
+    that is current; the counters of split attention allow one such stream at a time.
+
+    Args:
+        step: its tensors are those of the graph; what it holds is as before when this returns, its cache's last slots aside,
+            which are behind all that is filled.
+    """
+
+    def __init__(self, step: DecodeStep) -> None:
+        changed = (step.ids, step.rows.position, step.rows.slot)
+        before = [tensor.clone() for tensor in changed]
+        # kernels are compiled and their choices made out of the graph's sight, where no token will be missed
+        stream = torch.cuda.Stream(step.ids.device)
+        stream.wait_stream(torch.cuda.current_stream(step.ids.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                step.to_last_slots()
+                step.make_calls()
+        torch.cuda.current_stream(step.ids.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=step.graph_pool()):
+            self._keep = step.make_calls()
+        for tensor, old in zip(changed, before, strict=True):
+            tensor.copy_(old)
+
+    def run(self, times: int = 1) -> None:
+        """Launch it, several times if asked; returns before it has run."""
+        for _ in range(times):
+            self._graph.replay()

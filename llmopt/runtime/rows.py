@@ -48,8 +48,9 @@ class Rows:
 
     @staticmethod
     def of_batch(
-        batch: int, tokens: int, past: int, position_ids: torch.Tensor | None, keep: torch.Tensor | None
-    ) -> Rows:
+        batch: int, tokens: int, past: int, position_ids: torch.Tensor | None, keep: torch.Tensor | None,
+        device: torch.device,
+    ) -> Rows:  # fmt: skip
         """Rows of ``[batch, tokens]`` new tokens behind ``past`` slots.
 
         Args:
@@ -57,9 +58,10 @@ class Rows:
             past: slots filled before.
             position_ids: ``[batch or 1, tokens]``, or None: the slots.
             keep: ``[batch, tokens]`` bool, tokens that are no padding, or None: all.
+            device: of the rows, and of all that is given.
         """
-        slot = torch.arange(past, past + tokens, dtype=torch.int32).expand(batch, tokens)
-        seq = torch.arange(batch, dtype=torch.int32)[:, None].expand(batch, tokens)
+        slot = torch.arange(past, past + tokens, dtype=torch.int32, device=device).expand(batch, tokens)
+        seq = torch.arange(batch, dtype=torch.int32, device=device)[:, None].expand(batch, tokens)
         position = slot if position_ids is None else position_ids.to(torch.int32).expand(batch, tokens)
         parts = (position, seq, slot) if keep is None else (position[keep], seq[keep], slot[keep])
         return Rows(*(x.reshape(-1).contiguous() for x in parts))

@@ -61,7 +61,7 @@ def agreement(engine: Engine, ids: torch.Tensor) -> Agreement:
     tokens = len(ids)
     h = torch.empty(tokens, engine.hidden_size)
     engine.embed(ids.contiguous(), h)
-    rows = Rows.of_batch(1, tokens, 0, None, None)
+    rows = Rows.of_batch(1, tokens, 0, None, None, ids.device)
     engine.hidden(h, rows, engine.new_cache(1, tokens), tokens)
     same, tiles = 0, 0
     for part in h.split(_POSITIONS):

@@ -5,12 +5,16 @@ A step takes one token of each sequence of a batch, or several of a single seque
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from llmopt.errors import InputError
 from llmopt.ops.next_token import advance, next_token
 from llmopt.runtime.blocks import Context, Workspace
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
+from llmopt.runtime.program import Program
 from llmopt.runtime.rows import Rows
 
 
@@ -32,28 +36,29 @@ class DecodeStep:
     """
 
     def __init__(self, engine: Engine, cache: KVCache, tokens: int = 1, greedy: bool = False) -> None:
-        rows = cache.sequences * tokens
+        rows, device = cache.sequences * tokens, engine.device
         self.cache, self.capacity, self.threads = cache, cache.capacity, torch.get_num_threads()
         self.tokens, self.wider = tokens, dict[int, DecodeStep]()
-        self.ids = torch.zeros(rows, dtype=torch.int64)
-        self.logits = torch.empty(rows, engine.vocab_size)
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.logits = torch.empty(rows, engine.vocab_size, device=device)
         self.greedy = greedy
         self._engine, self.screened = engine, greedy and engine.screens(rows)
         # the last token first: attention takes tokens that follow each other for one run, and cuts that run's keys in
         # another way than a single token's. So each is a run of its own, with the numbers it has when decoded alone.
-        self._ahead = torch.arange(tokens - 1, -1, -1, dtype=torch.int32).repeat(cache.sequences)
+        self._ahead = torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device=device).repeat(cache.sequences)
         self.rows = Rows(
-            torch.zeros(rows, dtype=torch.int32),
-            torch.arange(cache.sequences, dtype=torch.int32).repeat_interleave(tokens),
-            torch.zeros(rows, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.arange(cache.sequences, dtype=torch.int32, device=device).repeat_interleave(tokens),
+            torch.zeros(rows, dtype=torch.int32, device=device),
         )
         self.rope = engine.rope(cache.capacity)
-        self.hidden = torch.empty(rows, engine.hidden_size)
+        self.hidden = torch.empty(rows, engine.hidden_size, device=device)
         self._program = engine.program(self)
 
     def make_calls(self) -> object:
         """The op calls that a step consists of; what must be kept as long as they are."""
-        engine, context = self._engine, Context(self.rows, self.cache, self.rope, Workspace(recorded=True))
+        engine = self._engine
+        context = Context(self.rows, self.cache, self.rope, Workspace(engine.device, recorded=True))
         # the rows hold the last token's place; a step begins by moving on
         advance(self.rows.position, self.rows.slot)
         self.hidden = engine.decode(self.ids, self.hidden, context)
@@ -85,10 +90,25 @@ class DecodeStep:
         torch.add(self._ahead, self.cache.length - 1, out=self.rows.slot)
         torch.add(self._ahead, position.to(torch.int32) - 1, out=self.rows.position)
 
+    def to_last_slots(self) -> None:
+        """Stand where a run writes to the last slots of the cache: for runs whose tokens nobody wants."""
+        torch.add(self._ahead, self.capacity - 1 - self.tokens, out=self.rows.slot)  # a run moves on first
+        self.rows.position.copy_(self.rows.slot)
+
+    def graph_pool(self) -> Any:
+        """The memory that graphs of this engine's steps share: they do not run at once."""
+        return self._engine.graph_pool()
+
     def run(self) -> None:
         """Decode ``ids``. The caller has made sure that the cache has room."""
         self._program.run()
 
     def profile(self, times: int) -> list[tuple[str, float]]:
-        """Decode ``times`` tokens more, for which the cache has room: calls and seconds, as :meth:`.Program.profile`."""
+        """Decode ``times`` tokens more, for which the cache has room: calls and seconds, as :meth:`.Program.profile`.
+
+        Raises:
+            InputError: the step is not a recorded program of ops.
+        """
+        if not isinstance(self._program, Program):
+            raise InputError.argument("profile", expected="a program of ops", got=type(self._program).__name__)
         return self._program.profile(times)

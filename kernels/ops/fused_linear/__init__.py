@@ -86,7 +86,7 @@ def fused_linear(
         raise InputError.argument("fused_linear: weights", expected="one group size", got=sorted(sizes))
     biases = None
     if any(w.bias is not None for w in weights):
-        biases = [torch.zeros(w.rows) if w.bias is None else w.bias for w in weights]
+        biases = [torch.zeros(w.rows, device=x.device) if w.bias is None else w.bias for w in weights]
     args = (
         x, norm, eps, [w.data for w in weights], [w.rows for w in weights], [w.bits for w in weights],
         [int(w.asymmetric) for w in weights], max(sizes, default=128), biases, MODES[mode], out,

@@ -76,7 +76,7 @@ class CompileTvm(Pass):
         current = Current(ctx.resolved, "tvm" if self.backend == "auto" else self.backend, self.cache)
         current.switched(before)
         details, settled = self._compile(ctx, current)
-        generation = Generation(model, current.get)
+        generation = Generation(model, current)
         generate = Swap(model, "generate", generation.generate)
         swaps = [generate, Swap(model, "_prepare_cache_for_generation", generation.prepare_cache)]
 

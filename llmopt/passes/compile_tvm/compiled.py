@@ -15,7 +15,7 @@ import torch
 
 from llmopt import native
 from llmopt.errors import PassError
-from llmopt.passes.compile_tvm.imported import CALL_OP, KEPT, call_op, imported
+from llmopt.passes.compile_tvm.imported import CALL_OP, CURRENT, Recording, call_op, imported
 from llmopt.passes.compile_tvm.part import Part
 
 _AVX2 = ["+avx2", "+fma", "+f16c"]
@@ -164,15 +164,14 @@ class Machine:
         return self._machine[name](*args)
 
     @contextmanager
-    def asked(self) -> Iterator[list[Any]]:
-        """For one caller at a time; gives the tensors that must be kept as long as what is recorded."""
+    def asked(self) -> Iterator[Recording]:
+        """For one caller at a time; gives what must be kept as long as what is recorded."""
         with self._lock:
-            kept: list[Any] = []
-            KEPT.tensors = kept
+            CURRENT.recording = Recording(shared=not self.kernels)
             try:
-                yield kept
+                yield CURRENT.recording
             finally:
-                KEPT.tensors = None
+                CURRENT.recording = None
 
 
 def _instrument(kernels: frozenset[str]) -> Callable[..., int]:

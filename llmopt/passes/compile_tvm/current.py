@@ -43,6 +43,7 @@ class Current:
         self._under: Generation | None = None
         self._engine: StepEngine | None = None
         self._settled = False  # the engine is known to be that of the modules as they are
+        self.pooled = False
         self._machines: dict[str, Machine] = {}
         self.facts: dict[str, Any] = {}
 
@@ -67,6 +68,12 @@ class Current:
                 self._engine = engine
             self._settled = True
         return self._engine
+
+    def forget(self) -> None:
+        """Tensors have changed, under this pass too."""
+        if self._under is not None:
+            self._under.changed(pooled=self.pooled)
+        self._settled = False
 
     def adopt(self, engine: StepEngine, backend: str) -> None:
         """Take an engine that :meth:`make` made, with what it has compiled already."""

@@ -33,7 +33,8 @@ class StepEngine(Engine):
     """
 
     def __init__(self, resolved: ResolvedModel, fused: Engine | None) -> None:
-        super().__init__(resolved, fused.screened if fused else False, fused.kv_dtype if fused else None)
+        options = (fused.screened, fused.kv_dtype, fused.pooled) if fused else (False, None, False)
+        super().__init__(resolved, *options)
         self.fused = fused is not None
         self._model: Any = resolved.model
         self.run = _fused if self.fused else plain.run
@@ -65,7 +66,7 @@ class StepEngine(Engine):
             return super().prefill(ids, mask, cache)
         past = cache.length
         self._make_room(ids, mask, cache, own_layers=True)
-        positions = rope_positions(mask, ids.shape)[:, past:]
+        positions = rope_positions(mask, ids.shape, ids.device)[:, past:]
         logits: torch.Tensor = self._model(
             input_ids=ids[:, past:], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
@@ -95,20 +96,23 @@ class TvmEngine(StepEngine):
             signature = part.signature()
             self.kinds.setdefault(signature, part)
             self._names.append(f"part_{list(self.kinds).index(signature)}")
-        self.tensors = [[as_argument(_aligned(t)) for t in tensors_of(part.block)] for part in parts]
+        given = [[_aligned(t) for t in tensors_of(part.block)] for part in parts]
+        self.tensors = [[as_argument(t) for t in tensors] for tensors in given]
+        self._addresses = [{t.data_ptr() for t in tensors} for tensors in given]
         self.machine: Machine | None = None
 
     def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:
         assert self.machine is not None
         self.embed(ids, h)
-        with self.machine.asked() as kept:
+        with self.machine.asked() as recording:
             stream = as_argument(h)
             for i, (name, tensors) in enumerate(zip(self._names, self.tensors, strict=True)):
                 attention = i % 2 == 0 and i < len(self.halves)
-                place = [as_argument(t) for t in place_of(ctx, i // 2)] if attention else []
-                stream = self.machine.call(name, stream, *tensors, *place)
+                place = place_of(ctx, i // 2) if attention else []
+                recording.begin(name, {h.data_ptr(), *self._addresses[i], *(t.data_ptr() for t in place)})
+                stream = self.machine.call(name, stream, *tensors, *(as_argument(t) for t in place))
             out: torch.Tensor = from_dlpack(stream)
-            for tensor in (*kept, stream):
+            for tensor in (*recording.kept(), stream):
                 ctx.work.keep(tensor)
         return out
 

@@ -21,27 +21,70 @@ CALL_OP = "llmopt.call_op"
 _Json = Any
 
 
-class Kept(threading.local):
-    """Tensors of the step that this thread records: programs hold addresses, not references."""
+class Recording:
+    """What the step needs that is being recorded: programs hold addresses, not references.
 
-    tensors: list[Any] | None = None
+    Args:
+        shared: all layers share their buffers. Calls of one part make the same calls of ops, in the same order: the n-th tensor
+            of a part's first call takes the place of the n-th of every later one. Only where ops alone take tensors, for
+            generated kernels are recorded with their own.
+    """
+
+    def __init__(self, *, shared: bool) -> None:
+        self._shared = shared
+        self._tensors: list[Any] = []
+        self._places: dict[str, list[torch.Tensor]] = {}
+        self._part: list[torch.Tensor] = []
+        self._count = 0
+        self._own: set[int] = set()
+
+    def begin(self, part: str, own: set[int]) -> None:
+        """A part is about to be called; ``own``: addresses of its arguments, which are no buffers."""
+        self._part, self._count, self._own = self._places.setdefault(part, []), 0, set(own)
+
+    def taken(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that an op is given: itself, or the buffer in its place."""
+        if not self._shared:
+            self._tensors.append(tensor)
+            return tensor
+        if self._count == len(self._part):
+            self._part.append(tensor)
+        place = self._part[self._count]
+        self._count += 1
+        return tensor if tensor.data_ptr() in self._own else place
+
+    def made(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that an op has made."""
+        self._tensors.append(tensor)
+        self._own.add(tensor.data_ptr())
+        return tensor
+
+    def kept(self) -> list[Any]:
+        """All that must be kept."""
+        return [*self._tensors, *self._places.values()]
 
 
-KEPT = Kept()
+class Current(threading.local):
+    """The recording of this thread."""
+
+    recording: Recording | None = None
+
+
+CURRENT = Current()
 
 
 def call_op(spec: str, *tensors: Any) -> Any:
     """Call an op of ours on the tensors of a compiled function; ``spec`` is made by :class:`_OpCall`."""
     said = json.loads(spec)
-    found = [from_dlpack(t) for t in tensors]
-    if KEPT.tensors is not None:
-        KEPT.tensors.extend(found)
+    found, recording = [from_dlpack(t) for t in tensors], CURRENT.recording
+    if recording is not None:
+        found = [recording.taken(t) for t in found]
     op = getattr(torch.ops.llmopt, said["op"]).default
     out = op(*(_argument(a, found) for a in said["args"]))
     if out is None:
         return tensors[said["returns"]] if "returns" in said else None
-    if KEPT.tensors is not None:
-        KEPT.tensors.append(out)
+    if recording is not None:
+        recording.made(out)
     import tvm_ffi
 
     return tvm_ffi.from_dlpack(out)

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from llmopt import native
 from llmopt.errors import InputError, UnsupportedModelError
 from llmopt.models.base import ResolvedModel
+from llmopt.ops.device import kernels_for
 from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
 
 __all__ = ["FuseKernels"]
 
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 # the trial of a screened head: positions, the share with the same top-1 that is asked for, and the share of rows scored with
 # 8 bits from which the screen saves too little
@@ -58,10 +59,9 @@ class FuseKernels(Pass):
             raise InputError.argument("prompt_lookup", expected=f"0 to {MOST_GUESSES}", got=self.prompt_lookup)
 
     def check(self, ctx: PassContext) -> Verdict:
-        if ctx.device.type != "cpu":
-            return Verdict(False, f"no fused kernels for {ctx.device.type}")
-        if not native.available():
-            return Verdict(False, "needs the compiled kernels")
+        reason = _unserved(ctx.device)
+        if reason:
+            return Verdict(False, reason)
         from llmopt.runtime import screen
         from llmopt.runtime.engine import Engine
 
@@ -85,7 +85,7 @@ class FuseKernels(Pass):
         head, trial = self._head(ctx, current)
         stack = model.get_submodule(resolved.family.layers.rpartition(".")[0])
         lookup = Lookup(self.prompt_lookup) if self.prompt_lookup else None
-        generation = Generation(model, current.get, lookup)
+        generation = Generation(model, current, lookup)
         # the head as given and the one that stands there now: other passes' patches may be off while this one is on
         heads: dict[int, nn.Module] = {
             id(head): head for head in (resolved.head.module, getattr(resolved.head.parent, resolved.head.attr))
@@ -99,8 +99,8 @@ class FuseKernels(Pass):
         coverage = Coverage(
             touched=len(resolved.layers),
             implementations={
-                "decoder layers": "fused CPU kernels",
-                "generate": "recorded decode step",
+                "decoder layers": "fused CPU kernels" if ctx.device.type == "cpu" else "Triton kernels",
+                "generate": "recorded decode step" if ctx.device.type == "cpu" else "decode step of our ops",
                 "head": head,
                 "kv cache": _name_of(kv_dtype or resolved.dtype),
             },
@@ -145,6 +145,18 @@ class FuseKernels(Pass):
         return chosen, trial
 
 
+def _unserved(device: torch.device) -> str:
+    """Why the fused ops cannot run on a device, or ''."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no fused kernels for {device.type}"
+    if not kernels_for(device.type):
+        needs = {"cpu": "the compiled kernels", "cuda": "Triton on a GPU (pip install llmopt[gpu])"}
+        return f"needs {needs[device.type]}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return "needs a GPU of compute capability 8.0 or later"
+    return ""
+
+
 def _name_of(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     return f"{name}, a float32 scale for each head and token" if dtype == torch.int8 else name
@@ -156,12 +168,13 @@ class _Current:
     def __init__(self, resolved: ResolvedModel, screened: bool | None, kv_dtype: torch.dtype | None) -> None:
         self._resolved, self.screened, self._kv_dtype = resolved, screened, kv_dtype
         self._engine: Any = None
+        self.pooled = False
 
     def get(self) -> Any:
         if self._engine is None:
             from llmopt.runtime.engine import Engine
 
-            self._engine = Engine(self._resolved, self.screened, self._kv_dtype)
+            self._engine = Engine(self._resolved, self.screened, self._kv_dtype, self.pooled)
         return self._engine
 
     def forget(self) -> None:
@@ -181,10 +194,10 @@ class _FusedHead:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         from llmopt.runtime.linear import linears
 
-        if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+        engine = self._engine()
+        if x.device != engine.device or (torch.is_grad_enabled() and x.requires_grad):
             own: torch.Tensor = self._own(x)
             return own
-        engine = self._engine()
-        out = torch.empty(*x.shape[:-1], engine.vocab_size)
+        out = torch.empty(*x.shape[:-1], engine.vocab_size, device=x.device)
         linears(x.reshape(-1, x.shape[-1]), (engine.head,), out.view(-1, engine.vocab_size))
         return out

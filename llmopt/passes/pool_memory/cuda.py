@@ -1,0 +1,40 @@
+"""CUDA's caching allocator: a pool for each lifetime, and its options while they can still be set."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_OPTIONS = "expandable_segments:True"
+
+
+@functools.cache
+def _pool(lifetime: str, device: torch.device) -> Any:
+    return torch.cuda.MemPool()
+
+
+@contextmanager
+def in_pool(lifetime: str, device: torch.device) -> Iterator[None]:
+    """Meanwhile this thread allocates from the pool of a lifetime ("weights", "kv cache"): blocks that stay do not lie
+    between blocks that go."""
+    with torch.cuda.use_mem_pool(_pool(lifetime, device), device):
+        yield
+
+
+def set_options(device: torch.device) -> str:
+    """Let segments grow, unless the process has chosen for itself or has allocated already: then it would not hold for what
+    is there. Returns what was done, for the receipt."""
+    given = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
+    if given:
+        return f"allocator options as the process was given them: {given}"
+    if torch.cuda.memory_reserved(device):
+        return (
+            f"allocator options left alone: the process has allocated already (PYTORCH_ALLOC_CONF={_OPTIONS} sets them)"
+        )
+    torch.cuda.memory._set_allocator_settings(_OPTIONS)
+    return f"allocator options set: {_OPTIONS}"

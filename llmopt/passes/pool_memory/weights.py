@@ -1,0 +1,50 @@
+"""Weights that lie apart, moved into one block in the order of execution."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmopt.arena import huge_block
+from llmopt.passes.base import Swap
+
+# below this weights may stay in the caches, and rounding up to huge pages shows
+_SMALL_BYTES = 64 << 20
+_ALIGNMENT = 64
+
+
+def planned(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters to move: all, in the order of execution, or none where there is little to gain.
+
+    Packed weights are buffers, and lie in a block already (:mod:`llmopt.arena`).
+    """
+    found = list(model.parameters())
+    return found if sum(p.nbytes for p in found) >= _SMALL_BYTES else []
+
+
+def moved(parameters: list[nn.Parameter], device: torch.device, model: nn.Module) -> list[Swap]:
+    """Swaps that put copies in one block in their place; tied weights stay tied."""
+    if not parameters:
+        return []
+    sizes = [-(-p.nbytes // _ALIGNMENT) * _ALIGNMENT for p in parameters]
+    block = _block(sum(sizes), device)
+    copies: dict[int, nn.Parameter] = {}
+    with torch.no_grad():
+        for parameter, place in zip(parameters, block.split(sizes), strict=True):
+            copy = place[: parameter.nbytes].view(parameter.dtype).view(parameter.shape).copy_(parameter)
+            copies[id(parameter)] = nn.Parameter(copy, requires_grad=parameter.requires_grad)
+    return [
+        Swap(module, name, copies[id(parameter)])
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in copies
+    ]
+
+
+def _block(size: int, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return huge_block(size)
+    from llmopt.passes.pool_memory.cuda import in_pool
+
+    with in_pool("weights", device):
+        return torch.empty(size, dtype=torch.uint8, device=device)
