@@ -38,3 +38,8 @@ def cache_folder() -> Path:
         return Path(value).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "llmopt"
+
+
+def cuda_allocator_options() -> str | None:
+    """PYTORCH_ALLOC_CONF, or PYTORCH_CUDA_ALLOC_CONF: torch's own, given to the process."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from llmopt import env
 
 _OPTIONS = "expandable_segments:True"
 
@@ -29,7 +30,7 @@ def in_pool(lifetime: str, device: torch.device) -> Iterator[None]:
 def set_options(device: torch.device) -> str:
     """Let segments grow, unless the process has chosen for itself or has allocated already: then it would not hold for what
     is there. Returns what was done, for the receipt."""
-    given = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
+    given = env.cuda_allocator_options()
     if given:
         return f"allocator options as the process was given them: {given}"
     if torch.cuda.memory_reserved(device):
