@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | peers | clean | distclean
+# make demo | test | lint | format | bench | peers | gpu-check | clean | distclean
 # Everything is installed into .venv, from requirements/tested.txt (peers: into build/peers, from
 # benchmarks/peers/requirements); nothing outside this folder changes.
 
@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 CXX_SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h')
 BUILD_FILES := $(CXX_SOURCES) CMakeLists.txt kernels/CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint format bench peers clean distclean
+.PHONY: demo test lint format bench peers gpu-check clean distclean
 .DELETE_ON_ERROR:
 
 # optimizes the three bundled checkpoints; writes report.json, report.md, report.png
@@ -42,6 +42,12 @@ bench: $(VENV)/.installed
 # benchmarks/peers; IK_BENCH=path/to/llama-bench adds an ik_llama.cpp that you have built
 peers: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.peers $(if $(IK_BENCH),--ik-bench "$(IK_BENCH)") $(ARGS)
+
+# everything that runs on an NVIDIA GPU, checked and then timed; with the python that has torch for CUDA (GPU_PYTHON), for
+# .venv has the CPU build. ARGS goes to benchmarks/gpu_check.py: --quick, --interpret
+GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

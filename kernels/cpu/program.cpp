@@ -33,43 +33,46 @@ struct Call {
   }
 };
 
+struct Step {
+  std::string name;
+  Task task;
+  bool alone;  // the first thread's work: the others need not meet it before the next such step
+};
+
 struct Program {
-  std::vector<Task> tasks;
-  std::vector<std::string> names;  // of each task
+  std::vector<Step> steps;
   std::vector<std::shared_ptr<Call>> calls;
   // no more than when any task was recorded: it may have sized its buffers by that
   int threads = omp_get_max_threads();
 
-  void add(std::string name, Task task) {
-    names.push_back(std::move(name));
-    tasks.push_back(std::move(task));
-  }
+  // whether what follows may begin without a meeting
+  bool goes_on(size_t i) const { return steps[i].alone && i + 1 < steps.size() && steps[i + 1].alone; }
 
   void run(int64_t times) const {
     run_team(threads, [&](const Team& team) {
       for (int64_t i = 0; i < times; ++i) {
-        for (const Task& task : tasks) {
-          task(team);
-          team.sync();
+        for (size_t s = 0; s < steps.size(); ++s) {
+          steps[s].task(team);
+          if (!goes_on(s)) team.sync();
         }
       }
     });
     rethrow();
   }
 
-  // Runs it, and gives seconds of each task, the mean of all times, as the first thread sees them.
+  // Runs it, and gives seconds of each step, the mean of all times, as the first thread sees them.
   std::vector<double> profile(int64_t times) const {
     using Clock = std::chrono::steady_clock;
-    std::vector<double> seconds(tasks.size());
+    std::vector<double> seconds(steps.size());
     run_team(threads, [&](const Team& team) {
       Clock::time_point before = Clock::now();
       for (int64_t i = 0; i < times; ++i) {
-        for (size_t t = 0; t < tasks.size(); ++t) {
-          tasks[t](team);
-          team.sync();
+        for (size_t s = 0; s < steps.size(); ++s) {
+          steps[s].task(team);
+          if (!goes_on(s)) team.sync();
           if (team.rank != 0) continue;
           const Clock::time_point now = Clock::now();
-          seconds[t] += std::chrono::duration<double>(now - before).count() / times;
+          seconds[s] += std::chrono::duration<double>(now - before).count() / times;
           before = now;
         }
       }
@@ -117,9 +120,10 @@ void record_call(tvm::ffi::String name, tvm::ffi::Function function, tvm::ffi::A
   auto call = std::make_shared<Call>(Call{std::move(function), {args.begin(), args.end()}, {}, nullptr});
   call->views.assign(call->args.begin(), call->args.end());
   current->calls.push_back(call);
-  current->add(name, [call](const Team& team) {
+  const auto task = [call](const Team& team) {
     if (team.rank == 0) call->run();
-  });
+  };
+  current->steps.push_back({name, task, true});
 }
 
 tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Function> record_end() {
@@ -134,8 +138,8 @@ tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Function> record_end() {
     const std::lock_guard<std::mutex> lock(turn());
     const std::vector<double> seconds = program->profile(times);
     tvm::ffi::Array<tvm::ffi::Any> found;
-    for (size_t t = 0; t < seconds.size(); ++t)
-      found.push_back(tvm::ffi::Array<tvm::ffi::Any>{tvm::ffi::String(program->names[t]), seconds[t]});
+    for (size_t s = 0; s < seconds.size(); ++s)
+      found.push_back(tvm::ffi::Array<tvm::ffi::Any>{tvm::ffi::String(program->steps[s].name), seconds[s]});
     return found;
   });
   return {{"run", run}, {"profile", profile}};
@@ -151,7 +155,7 @@ bool recording() { return current != nullptr; }
 void run_or_record(const char* op, Task task, int threads) {
   if (current) {
     current->threads = std::min(current->threads, omp_get_max_threads());
-    current->add(op, std::move(task));
+    current->steps.push_back({op, std::move(task), false});
   } else {
     run_team(threads, task);
   }

@@ -384,6 +384,25 @@ def test_a_function_from_outside_is_called_in_its_place(threads: Callable[[int],
         assert torch.equal(out, logits + 1)
 
 
+def test_functions_from_outside_follow_each_other_and_ops_follow_them(threads: Callable[[int], None]) -> None:
+    threads(3)
+    x, between, out = torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(1, 8)
+    ids, function = torch.zeros(1, dtype=torch.int64), tvm_ffi.convert(kernel)
+
+    def calls() -> None:
+        for a, b in ((x, between), (between, out), (out, x)):
+            native.library().record_call("kernel", function, [tvm_ffi.from_dlpack(a), tvm_ffi.from_dlpack(b)])
+        next_token(x, ids)
+
+    program = Program(calls, (x, between, out, ids))
+    x[0, 5] = 0.5
+    for runs in range(1, 20):
+        program.run()
+        assert x[0].tolist() == [3.0 * runs + 0.5 * (i == 5) for i in range(8)]
+        assert ids.item() == 5
+    assert [name for name, _ in program.profile()] == ["kernel"] * 3 + ["next_token"]
+
+
 def test_an_error_of_a_function_from_outside_comes_back() -> None:
     def failing() -> None:
         raise ValueError("not today")
