@@ -7,14 +7,19 @@ own forward can use it too.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmopt.arena import huge_block
 from llmopt.errors import InputError
 from llmopt.ops.rope_cache.reference import quantize
+
+# what transformers calls a model's cache: in arguments, in generate's keywords and in outputs
+CACHE = "cache" if any(f.name == "cache" for f in dataclasses.fields(BaseModelOutputWithPast)) else "past_key_values"
 
 _GROWTH = 256  # slots; a cache that must grow doubles, and never by less
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmopt.runtime.cache import KVCache
+from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.masks import visible_tokens
 from llmopt.runtime.rows import Rows
@@ -37,20 +37,22 @@ class FusedForward:
     def __call__(
         self, input_ids: torch.Tensor | None = None, attention_mask: Any = None,
         position_ids: torch.Tensor | None = None, past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
+        inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None, *, cache: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
+        # transformers' name for it up to 5.23, and since
+        cache = past_key_values if cache is None else cache
         stack: Any = self._stack
         keeps = bool(stack.config.use_cache if use_cache is None else use_cache)
-        reason, keep = self._uncovered(input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
-        if isinstance(past_key_values, KVCache):
-            past_key_values.order_for(own_layers=bool(reason))
+        reason, keep = self._uncovered(input_ids, inputs_embeds, attention_mask, cache, kwargs)
+        if isinstance(cache, KVCache):
+            cache.order_for(own_layers=bool(reason))
         if reason:
             self._count(reason)
             return self._own(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=keeps, **kwargs,
+                inputs_embeds=inputs_embeds, use_cache=keeps, **{CACHE: cache}, **kwargs,
             )  # fmt: skip
-        return self._run(input_ids, inputs_embeds, position_ids, past_key_values, keeps, keep)
+        return self._run(input_ids, inputs_embeds, position_ids, cache, keeps, keep)
 
     @torch.no_grad()
     def _run(
@@ -82,7 +84,7 @@ class FusedForward:
             h[keep.reshape(-1)] = some
         cache.length = past + tokens
         out = nn.functional.rms_norm(h, (h.shape[1],), engine.norm, engine.eps).view(batch, tokens, -1)
-        return MoeModelOutputWithPast(last_hidden_state=out, past_key_values=cache if use_cache else None)
+        return MoeModelOutputWithPast(last_hidden_state=out, **{CACHE: cache if use_cache else None})
 
     def _hooks(self, batch: int, tokens: int, keep: torch.Tensor | None) -> Callable[[int, torch.Tensor], None] | None:
         """Runs the forward hooks on the decoder layers, if there are any."""

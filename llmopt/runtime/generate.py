@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llmopt.runtime.cache import KVCache
+from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup, Speculation
 from llmopt.runtime.masks import rope_positions, visible_tokens
@@ -91,7 +91,7 @@ class Generation:
             )
         sequences = sequences_of(generation_config, batch_size)
         # transformers leaves out the last token; a step wants a slot for it, and one more
-        model_kwargs["past_key_values"] = self._take_cache(sequences, max_cache_length + 2)
+        model_kwargs[CACHE] = self._take_cache(sequences, max_cache_length + 2)
         return None
 
     def _take_cache(self, sequences: int, capacity: int) -> KVCache:
@@ -142,7 +142,7 @@ class Generation:
         synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,
     ) -> Any:  # fmt: skip
         """``GenerationMixin._sample`` with the same arguments and results, or ``_assisted_decoding`` for prompt lookup."""
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get(CACHE)
         asked = generation_config.prompt_lookup_num_tokens is not None
         # prompt lookup for a batch is refused by transformers, and so it is here
         if _uncovered(generation_config, synced_gpus, input_ids, model_kwargs) or (asked and len(input_ids) > 1):
@@ -164,7 +164,7 @@ class Generation:
 def wants_plain_cache(config: Any, model_kwargs: dict[str, Any]) -> bool:
     """True where ``generate`` would make a cache that grows."""
     return (
-        model_kwargs.get("past_key_values") is None
+        model_kwargs.get(CACHE) is None
         and config.use_cache is not False
         and config.cache_implementation in (None, "dynamic")
         and not getattr(config, "is_assistant", False)
@@ -231,7 +231,7 @@ def _with_stop_strings(strings: Any, kwargs: dict[str, Any]) -> Any:
 
 def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[str, Any]) -> str:
     """Why the loop cannot serve a call, or ''."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, KVCache) or kwargs.get("use_cache") is False:
         return "no cache of ours"
     if synced_gpus or getattr(config, "is_assistant", False) or config.prefill_chunk_size is not None:
@@ -355,7 +355,7 @@ class _Loop:
 
         return GenerateDecoderOnlyOutput(
             sequences=ids, scores=tuple(self.scores) if self.config.output_scores else None,
-            logits=tuple(self.logits) if self.config.output_logits else None, past_key_values=self.cache,
+            logits=tuple(self.logits) if self.config.output_logits else None, **{CACHE: self.cache},
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from llmopt.passes.compile_tvm.compiled import Machine, as_argument
 from llmopt.passes.compile_tvm.part import Part, Place, place_of
 from llmopt.passes.compile_tvm.tensors import tensors_of
 from llmopt.runtime.blocks import Context
-from llmopt.runtime.cache import KVCache
+from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.masks import rope_positions
@@ -68,8 +68,8 @@ class StepEngine(Engine):
         self._make_room(ids, mask, cache, own_layers=True)
         positions = rope_positions(mask, ids.shape, ids.device)[:, past:]
         logits: torch.Tensor = self._model(
-            input_ids=ids[:, past:], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids[:, past:], attention_mask=mask, position_ids=positions, use_cache=True,
+            logits_to_keep=1, **{CACHE: cache},
         ).logits  # fmt: skip
         cache.order_for(own_layers=False)
         return logits[:, -1].float()

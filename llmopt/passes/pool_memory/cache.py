@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmopt.models.base import ResolvedModel
-from llmopt.runtime.cache import KVCache
+from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.generate import generation_behind, sequences_of, wants_plain_cache
 
@@ -36,5 +36,5 @@ class Prepared:
                 return generation.prepare_cache(*given, **kwargs)
             return type(self._model)._prepare_cache_for_generation(self._model, *given, **kwargs)
         sequences = sequences_of(generation_config, batch_size)
-        model_kwargs["past_key_values"] = KVCache(sequences, capacity=max_cache_length + 1, **self._options)
+        model_kwargs[CACHE] = KVCache(sequences, capacity=max_cache_length + 1, **self._options)
         return None

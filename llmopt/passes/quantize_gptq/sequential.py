@@ -58,6 +58,10 @@ class BlockInputs:
             self.hidden[i] = out
 
 
+# of a block's arguments: what comes from the block before, and the cache, by either of transformers' names
+_NOT_KEPT = ("hidden_states", "past_key_values", "cache", "use_cache")
+
+
 def capture_inputs(resolved: ResolvedModel, rows: list[torch.Tensor]) -> BlockInputs:
     """Run the model up to its first decoder block on all calibration rows."""
     first = resolved.layers[0].module
@@ -66,7 +70,7 @@ def capture_inputs(resolved: ResolvedModel, rows: list[torch.Tensor]) -> BlockIn
 
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden.append(args[0] if args else named["hidden_states"])
-        kwargs.append({k: v for k, v in named.items() if k not in ("hidden_states", "past_key_values", "use_cache")})
+        kwargs.append({k: v for k, v in named.items() if k not in _NOT_KEPT})
         raise _Captured
 
     handle = first.register_forward_pre_hook(hook, with_kwargs=True)
