@@ -8,6 +8,7 @@ never leave part of a model untouched without a word.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -92,8 +93,21 @@ class ModelFamily:
     input_norm: str = "input_layernorm"
     post_norm: str = "post_attention_layernorm"
     mlp_module: str = "mlp"
-    keep_fp32: tuple[str, ...] = ()  # name fragments of parameters and buffers that stay float32
     tiny_config: dict[str, Any] = field(default_factory=dict)  # a config of a few 100k parameters, for tests
+
+    @property
+    def keep_fp32(self) -> tuple[str, ...]:
+        """Name fragments of parameters and buffers that stay float32, as the installed transformers has them."""
+        return _kept_in_fp32(self.model_type)
+
+
+@functools.cache
+def _kept_in_fp32(model_type: str) -> tuple[str, ...]:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    cls: Any = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return tuple(sorted({*(cls._keep_in_fp32_modules or ()), *(cls._keep_in_fp32_modules_strict or ())}))
 
 
 @dataclass(frozen=True, slots=True)

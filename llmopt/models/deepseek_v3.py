@@ -29,7 +29,6 @@ FAMILY = ModelFamily(
         sum_eps=1e-20,
         renormalize=True,  # where config.norm_topk_prob says so, as in every published model
     ),
-    keep_fp32=("e_score_correction_bias",),
     tiny_config={
         "vocab_size": 512,
         "hidden_size": 128,

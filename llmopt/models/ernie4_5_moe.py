@@ -18,7 +18,6 @@ FAMILY = ModelFamily(
         renormalize=True,
         sum_min_key="moe_norm_min",
     ),
-    keep_fp32=("gate.weight", "moe_statics"),
     tiny_config={
         "vocab_size": 512,
         "hidden_size": 128,

@@ -196,13 +196,6 @@ def test_resolving_something_without_a_config_is_refused() -> None:
         resolve_model(nn.Linear(2, 2))
 
 
-@every_family
-def test_what_stays_float32_is_what_transformers_keeps(family: ModelFamily, tiny: Any) -> None:
-    cls = type(tiny(family.model_type))
-    kept = {*(cls._keep_in_fp32_modules or ()), *(cls._keep_in_fp32_modules_strict or ())}
-    assert set(family.keep_fp32) == kept
-
-
 ROTATE = {"deepseek_v2": "apply_rotary_emb", "deepseek_v3": "apply_rotary_pos_emb_interleave"}
 
 
