@@ -21,6 +21,8 @@ from llmopt.errors import NativeLibraryError
 
 __all__ = ["by_triton", "implementation", "interpreting", "kernels_for", "registered"]
 
+LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -33,10 +35,17 @@ def by_triton(tensor: torch.Tensor) -> bool:
 
 
 def kernels_for(device: str) -> bool:
-    """True where the ops run on a device of this type: the compiled library is there, or Triton is."""
+    """True where the ops run on a device of this type: the compiled library is there, or Triton and GPUs that it serves."""
     if device == "cuda":
-        return importlib.util.find_spec("triton") is not None
+        return _served_gpus()
     return device == "cpu" and native.available()
+
+
+@functools.cache
+def _served_gpus() -> bool:
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return all(torch.cuda.get_device_capability(i) >= LEAST_CAPABILITY for i in range(torch.cuda.device_count()))
 
 
 def implementation(op: str, cpu: Callable[P, R], tensor: torch.Tensor, function: str = "run") -> Callable[P, R]:
@@ -45,16 +54,30 @@ def implementation(op: str, cpu: Callable[P, R], tensor: torch.Tensor, function:
     Raises:
         NativeLibraryError: Triton is not installed.
     """
-    return _triton(op, function) if by_triton(tensor) else cpu
+    if not by_triton(tensor):
+        return cpu
+    run = _triton(op, function)
+    return _on(tensor.device, run) if tensor.is_cuda else run
 
 
 def registered(op: str, function: str = "run") -> Callable[..., Any]:
     """What torch calls for an op on a GPU; Triton is imported with the first call."""
 
     def run(*args: Any) -> Any:
-        return _triton(op, function)(*args)
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        return _on(device, _triton(op, function))(*args)
 
     return run
+
+
+def _on(device: torch.device, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with a GPU as the current one: that is where Triton launches."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
+
+    return guarded
 
 
 @functools.cache

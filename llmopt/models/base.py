@@ -107,7 +107,7 @@ def _kept_in_fp32(model_type: str) -> tuple[str, ...]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     cls: Any = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    return tuple(sorted({*(cls._keep_in_fp32_modules or ()), *(cls._keep_in_fp32_modules_strict or ())}))
+    return tuple(sorted(cls._keep_in_fp32_modules_strict or ()))
 
 
 @dataclass(frozen=True, slots=True)

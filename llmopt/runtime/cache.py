@@ -248,8 +248,9 @@ class KVCache(Cache):  # type: ignore[misc]
         if len(indices) == self.sequences:
             for tensor in self.tensors():
                 tensor[:, :, :length] = tensor[indices, :, :length]
-            self.start = self.start[indices]
+            self.start.copy_(self.start[indices])  # in place: recorded steps know its address
             return
+        self.step = None
         old = self.tensors()
         self.sequences = len(indices)
         self._allocate(self.capacity)

@@ -142,7 +142,7 @@ class Engine:
             work = Workspace(self.device)
         for part, some in rows.chunks(size):
             self.run_layers(h[part], Context(some, cache, rope, work), on_layer)
-        if self.pooled and on_layer is None:
+        if self.pooled and on_layer is None and not torch.is_inference_mode_enabled():
             self._idle_work.append(work)
         return h
 

@@ -98,23 +98,34 @@ class Generation:
         engine = self.engine()
         for step in list(self._idle):
             cache = step.cache
-            if cache.sequences != sequences or step.capacity < capacity or not step.fits(cache, engine):
+            fits = step.fits(cache, engine)
+            if fits and self._source.pooled and cache.sequences != sequences:
                 continue
-            try:
-                self._idle.remove(step)  # callers in several threads: one of them gets it
-            except ValueError:
-                continue
-            cache.reset()
-            cache.step = step
-            return cache
+            # what does not fit goes, before as much memory is asked for again
+            if self._taken(step) and fits and cache.sequences == sequences and step.capacity >= capacity:
+                cache.reset()
+                cache.step = step
+                return cache
         return engine.new_cache(sequences, capacity)
+
+    def _taken(self, step: DecodeStep) -> bool:
+        """True for one of the callers that want an idle step, who may be in several threads."""
+        try:
+            self._idle.remove(step)
+        except ValueError:
+            return False
+        return True
 
     def _keep(self, step: DecodeStep) -> None:
         """For the next call of as many sequences: the last step alone, or, pooled, the last of each of some sizes."""
-        others: list[DecodeStep] = []
-        if self._source.pooled:
-            others = [idle for idle in self._idle if idle.cache.sequences != step.cache.sequences]
-        self._idle = [*others[1 - _MOST_IDLE :], step]
+        if not self._source.pooled:
+            self._idle = [step]
+            return
+        # one by one: a list that is made anew could bring back a step that another caller has taken meanwhile
+        self._idle.append(step)
+        same = [idle for idle in self._idle if idle is not step and idle.cache.sequences == step.cache.sequences]
+        for idle in (*same, *[idle for idle in self._idle if idle not in same][:-_MOST_IDLE]):
+            self._taken(idle)
 
     # ---- the loop
 

@@ -189,8 +189,10 @@ class Speculation:
             step.ids.copy_(torch.tensor([*guesses[worth - 1 :: -1], int(token)]))
         elif token is not step.ids:
             step.ids.copy_(token)
+        _settle(step)
         began = time.perf_counter()
         step.run()
+        _settle(step)
         self._gain.took(worth + 1, time.perf_counter() - began)
         self._counts["steps"] += 1
         self._counts["guesses"] += worth
@@ -202,3 +204,9 @@ class Speculation:
         if tokens not in steps:
             steps[tokens] = DecodeStep(self._engine, self.step.cache, tokens, self.step.greedy)
         return steps[tokens]
+
+
+def _settle(step: DecodeStep) -> None:
+    """Wait for a GPU: a step is timed, not its launch."""
+    if step.ids.is_cuda:
+        torch.cuda.synchronize(step.ids.device)

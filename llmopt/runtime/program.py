@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 # runs before a graph is captured: the first compiles kernels, the second finds whatever the first has kept
 _WARM_UP = 2
+_CAPTURING = threading.Lock()
 
 
 class Recorded(Protocol):
@@ -33,7 +36,7 @@ def recorded(step: DecodeStep, *, graph: bool = False) -> Recorded:
     """A step's calls for its device: on the CPU a program of ops, on a GPU the calls themselves or a CUDA graph of them."""
     if not by_triton(step.ids):
         return Program(step.make_calls)
-    return GraphProgram(step) if graph and step.ids.is_cuda else Calls(step.make_calls)
+    return GraphProgram(step) if graph and step.ids.is_cuda else Calls(step)
 
 
 class Program:
@@ -74,13 +77,16 @@ class Program:
 class Calls:
     """The calls themselves, made anew by every run."""
 
-    def __init__(self, calls: Callable[[], object]) -> None:
-        self._calls = calls
+    def __init__(self, step: DecodeStep) -> None:
+        # the step holds this: held back, its cache would wait for the collector
+        self._step = weakref.ref(step)
 
     def run(self, times: int = 1) -> None:
         """Run it, several times if asked."""
+        step = self._step()
+        assert step is not None
         for _ in range(times):
-            self._calls()
+            step.make_calls()
 
 
 class GraphProgram:
@@ -95,23 +101,24 @@ class GraphProgram:
     """
 
     def __init__(self, step: DecodeStep) -> None:
+        self._device = step.ids.device
         changed = (step.ids, step.rows.position, step.rows.slot)
-        before = [tensor.clone() for tensor in changed]
-        # kernels are compiled and their choices made out of the graph's sight, where no token will be missed
-        stream = torch.cuda.Stream(step.ids.device)
-        stream.wait_stream(torch.cuda.current_stream(step.ids.device))
-        with torch.cuda.stream(stream):
+        # one capture of a process at a time; calls of other threads that allocate do not disturb it
+        with _CAPTURING, torch.cuda.device(self._device):
+            before = [tensor.clone() for tensor in changed]
+            # kernels are compiled and their choices made out of the graph's sight, where no token will be missed; on the
+            # stream of the steps, for the counters are theirs
             for _ in range(_WARM_UP):
                 step.to_last_slots()
                 step.make_calls()
-        torch.cuda.current_stream(step.ids.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=step.graph_pool()):
-            self._keep = step.make_calls()
-        for tensor, old in zip(changed, before, strict=True):
-            tensor.copy_(old)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=step.graph_pool(), capture_error_mode="thread_local"):
+                self._keep = step.make_calls()
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(old)
 
     def run(self, times: int = 1) -> None:
         """Launch it, several times if asked; returns before it has run."""
-        for _ in range(times):
-            self._graph.replay()
+        with torch.cuda.device(self._device):
+            for _ in range(times):
+                self._graph.replay()

@@ -67,7 +67,7 @@ class DecodeStep:
         else:
             engine.logits(self.hidden, self.logits)
             next_token(self.logits, self.ids)
-        return context, self.cache.tensors()
+        return context, self.cache.tensors(), self.cache.start
 
     def complete(self) -> None:
         """Make sure that ``logits`` are those of the last run."""
@@ -80,7 +80,9 @@ class DecodeStep:
             self._engine is engine and self.cache is cache and self.capacity == cache.capacity
             and len(self.ids) == cache.sequences * self.tokens
         )  # fmt: skip
-        return same and self.threads == torch.get_num_threads()
+        # tensors that were made in inference mode may not be written to outside of it
+        usable = torch.is_inference_mode_enabled() or not self.ids.is_inference()
+        return same and usable and self.threads == torch.get_num_threads()
 
     def start(self, position: torch.Tensor) -> None:
         """Place the next tokens behind what the cache holds; ``position`` [S] is the rope position of the first.

@@ -136,3 +136,18 @@ def test_cropping_and_resetting() -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.capacity == 8
+
+
+def test_a_choice_of_as_many_sequences_keeps_the_place_that_steps_know_and_another_drops_the_step() -> None:
+    cache = KVCache(4, 2, 1, (8, 8), 16, torch.float32)
+    cache.start.copy_(torch.arange(4, dtype=torch.int32))
+    start, address, step = cache.start, cache.start.data_ptr(), object()
+    cache.step = step
+    cache.reorder_cache(torch.tensor([3, 3, 0, 1]))
+    assert cache.start is start
+    assert cache.start.data_ptr() == address
+    assert cache.start.tolist() == [3, 3, 0, 1]
+    assert cache.step is step
+    cache.batch_select_indices(torch.tensor([1, 2]))
+    assert cache.start.tolist() == [3, 0]
+    assert cache.step is None

@@ -46,7 +46,7 @@ class StepEngine(Engine):
     def identity(self) -> tuple[Any, ...]:
         """Alike for engines of one kind over the same tensors."""
         found = tensors_of([self.halves, self.norm, self.head, self.table])
-        options = (type(self), self.fused, self.screened, self.kv_dtype)
+        options = (type(self), self.fused, self.screened, self.kv_dtype, self.pooled)
         return (*options, *((t.data_ptr(), t.shape, t.dtype) for t in found))
 
     def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:

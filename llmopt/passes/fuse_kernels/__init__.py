@@ -20,7 +20,6 @@ from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patc
 
 __all__ = ["FuseKernels"]
 
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 # the trial of a screened head: positions, the share with the same top-1 that is asked for, and the share of rows scored with
 # 8 bits from which the screen saves too little
@@ -150,10 +149,8 @@ def _unserved(device: torch.device) -> str:
     if device.type not in ("cpu", "cuda"):
         return f"no fused kernels for {device.type}"
     if not kernels_for(device.type):
-        needs = {"cpu": "the compiled kernels", "cuda": "Triton on a GPU (pip install llmopt[gpu])"}
-        return f"needs {needs[device.type]}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        return "needs a GPU of compute capability 8.0 or later"
+        gpu = "Triton (pip install llmopt[gpu]) and NVIDIA GPUs of compute capability 8.0 or later"
+        return f"needs {'the compiled kernels' if device.type == 'cpu' else gpu}"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 Weights that still lie apart move into one block in the order of execution; the KV cache is allocated whole before the first
 token, also where the model's own layers decode; behind fuse_kernels, prefill's buffers and the caches of some batch sizes are
-kept from call to call. On the CPU blocks are in huge pages. On a GPU each lifetime has a pool of its own, and decode steps run
+kept from call to call. On the CPU blocks are in huge pages. On a GPU weights have a pool of their own, and decode steps run
 as CUDA graphs.
 """
 

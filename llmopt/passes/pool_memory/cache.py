@@ -36,5 +36,7 @@ class Prepared:
                 return generation.prepare_cache(*given, **kwargs)
             return type(self._model)._prepare_cache_for_generation(self._model, *given, **kwargs)
         sequences = sequences_of(generation_config, batch_size)
-        model_kwargs[CACHE] = KVCache(sequences, capacity=max_cache_length + 1, **self._options)
+        model_kwargs[CACHE] = KVCache(
+            sequences, capacity=max_cache_length + 1, **{**self._options, "device": self._model.device}
+        )  # fmt: skip
         return None

@@ -21,7 +21,7 @@ def _pool(lifetime: str, device: torch.device) -> Any:
 
 @contextmanager
 def in_pool(lifetime: str, device: torch.device) -> Iterator[None]:
-    """Meanwhile this thread allocates from the pool of a lifetime ("weights", "kv cache"): blocks that stay do not lie
+    """Meanwhile this thread allocates from the pool of a lifetime ("weights"): blocks that stay do not lie
     between blocks that go."""
     with torch.cuda.use_mem_pool(_pool(lifetime, device), device):
         yield
