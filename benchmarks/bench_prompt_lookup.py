@@ -20,17 +20,15 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.generation.logits_process import LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
 
 from llmopt import native
-from llmopt.measure import environment
+from llmopt.measure import environment, timing
 from llmopt.models import resolve_model, shapes
 from llmopt.passes import FuseKernels
 from llmopt.passes.base import PassContext
@@ -51,19 +49,10 @@ class Given(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class Clock(BaseStreamer):  # type: ignore[misc]
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        return None
-
+class Clock(timing.Clock):
     def ms_per_token(self) -> float:
         """Between the first generated token and the last."""
-        return (self.times[-1] - self.times[1]) / (len(self.times) - 2) * 1e3
+        return (self.stamps[-1] - self.stamps[1]) / (len(self.stamps) - 2) * 1e3
 
 
 def texts(depth: int, tokens: int, vocab: int, seed: int = 0) -> dict[str, list[int]]:

@@ -3,9 +3,10 @@
     python -m benchmarks.gpu_check [--quick] [--seconds 540] [--json FILE] [--markdown FILE]
     python -m benchmarks.gpu_check --interpret          # without a GPU: small cases by Triton's interpreter, nothing timed
 
-In this order, and not a step further than the first wrong answer: every op against its reference, every family with
-fuse_kernels and pool_memory against the model itself, kernels against the ceilings measured beside them, and decoding on
-published shapes with random weights. Exits with 1 where an answer is wrong. Steps that no time is left for are named.
+In this order, and not a step further than the first wrong answer: every op against its reference, every family's small model
+through the engine (launched, and as a CUDA graph) against the model itself, kernels against the ceilings measured beside them,
+and decoding on published shapes with random weights. Exits with 1 where an answer is wrong, a step fails, or answers could not
+be checked. Steps that no time is left for are named.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import torch
 from torch.utils._pytree import tree_map
 
 FAMILY_COSINE = 0.995  # int4 linears at 16-bit activations beside the same weights dequantized
-# relative to the largest value: what a kernel rounds to these between two products, as in tests/ops/test_triton.py
+# relative to the largest value: what is rounded to these between two products of a kernel (attention's weights, activations)
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 0.0}
+# tokens are rounded to float16 in place of 8 bits
 PRODUCTS = {"int4_linear", "int8_linear", "int4_experts", "fused_linear", "moe", "latent_cache", "latent_output"}
+# without a kernel of their own on a GPU: the screened head pays where bytes of the head are most of a token
 CPU_ONLY = {"screened_head"}
 # rows and columns of Qwen3-8B: merged q/k/v, output, merged gate and up, down
 LINEARS = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
@@ -96,7 +99,7 @@ def check_ops(run: Run) -> dict[str, int]:
                     expected = spec.reference(**inputs)
                 with run.kernels():
                     got = spec.run(**tree_map(lambda x: _to(x, run.device), inputs)).to(expected.device)
-                _compare(f"{name}, {case.name}, {dtype}", got, expected, *_tolerance(spec, dtype, expected))
+                _compare(f"{name}, {case.name}, {dtype}", got, expected, *tolerance(spec, dtype, expected))
                 right[name] = right.get(name, 0) + 1
     return right
 
@@ -112,7 +115,8 @@ def _to(x: Any, device: torch.device) -> Any:
     return x
 
 
-def _tolerance(spec: Any, dtype: torch.dtype, expected: torch.Tensor) -> tuple[float, float]:
+def tolerance(spec: Any, dtype: torch.dtype, expected: torch.Tensor) -> tuple[float, float]:
+    """``(rtol, atol)`` of a Triton kernel beside its op's reference."""
     rtol, atol = spec.tolerance[dtype]
     size = float(expected.float().abs().max()) if expected.numel() else 0.0
     product = spec.name in PRODUCTS
@@ -187,34 +191,20 @@ def decoded_logits(model: Any, ids: torch.Tensor, *, prompt: int, pooled: bool) 
 # ---- times
 
 
-def ms_of(calls: list[Callable[[], Any]], repeats: int = 20) -> float:
-    """Milliseconds of one call: the median over CUDA graphs of all of them in turn."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    return statistics.median(times)
+def ms_of(calls: list[Callable[[], Any]]) -> float:
+    """Milliseconds of one call, of all in turn."""
+    from benchmarks.triton_gemv import microseconds
+
+    return microseconds(calls) / 1e3
 
 
 def ceilings(run: Run) -> dict[str, float]:
     """Bytes a second read from memory, and float operations a second of a large bfloat16 product."""
-    big = torch.zeros(1 << 30, dtype=torch.int32, device=run.device)
-    out = torch.empty((), dtype=torch.int64, device=run.device)
-    read = big.nbytes / (ms_of([lambda: torch.sum(big, dim=0, out=out)]) * 1e-3)
+    from benchmarks.triton_gemv import read_tb_per_s
+
     a = torch.randn(8192, 8192, device=run.device, dtype=torch.bfloat16)
     flops = 2 * 8192**3 / (ms_of([lambda: a @ a]) * 1e-3)
-    return {"read_bytes_s": read, "bf16_flops_s": flops}
+    return {"read_bytes_s": read_tb_per_s() * 1e12, "bf16_flops_s": flops}
 
 
 def time_linears(run: Run) -> list[dict[str, Any]]:
@@ -249,9 +239,9 @@ def time_attention(run: Run) -> list[dict[str, Any]]:
         q = torch.randn(1, 32, length, 128, device=run.device, dtype=torch.bfloat16)
         k, v = (torch.randn(1, 8, length, 128, device=run.device, dtype=torch.bfloat16) for _ in "kv")
         flops = 2 * 32 * length * length * 128
-        ours = ms_of([partial(attention, q, k, v, scale=128**-0.5)], 10)
+        ours = ms_of([partial(attention, q, k, v, scale=128**-0.5)])
         sdpa = torch.nn.functional.scaled_dot_product_attention
-        torchs = ms_of([partial(sdpa, q, k, v, is_causal=True, enable_gqa=True)], 10)
+        torchs = ms_of([partial(sdpa, q, k, v, is_causal=True, enable_gqa=True)])
         rows.append({
             "what": f"causal prefill of {length}", "ms": ours, "sdpa_ms": torchs, "tflops": flops / ours / 1e9,
             "of_bf16_peak": flops / (ours * 1e-3) / peak["bf16_flops_s"],

@@ -20,9 +20,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
-from llmopt.measure import environment
+from llmopt.measure import environment, timing
 from llmopt.models import resolve_model, shapes
 from llmopt.ops import SPECS
 from llmopt.passes import PASSES
@@ -31,18 +30,6 @@ from llmopt.passes.quantize_gptq.direct import build_quantized
 from llmopt.runtime.step import DecodeStep
 
 PROMPT, TOKENS = 128, 65
-
-
-class Clock(BaseStreamer):
-    """When each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None: ...
 
 
 @contextmanager
@@ -67,11 +54,11 @@ def profile(model: Any, rounds: int) -> dict[str, Any]:
     prompt = torch.randint(5, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     found: list[dict[str, Any]] = []
     for _ in range(rounds + 1):  # the first one warms up
-        clock = Clock()
+        clock = timing.Clock()
         with watched() as (seconds, steps):
-            model.generate(prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, streamer=clock)
+            timing.request(model, prompt, TOKENS, clock)
         # the prompt is put first, and the first token after it is prefill's
-        waited = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+        waited = [b - a for a, b in zip(clock.stamps[1:], clock.stamps[2:], strict=False)]
         # over the slots of the last tokens: the cache has room for no others
         for place in (steps[0].rows.slot, steps[0].rows.position):
             place -= TOKENS // 2

@@ -18,10 +18,10 @@ from llmopt import native
 from llmopt.models.base import ResolvedModel
 
 _HUGE_PAGE = 2 << 20
-_ALIGNMENT = 64
+ALIGNMENT = 64
 _PIECE = 8 * _HUGE_PAGE
 # below this a model's weights may stay in the caches, and rounding up to huge pages shows
-_SMALL_BYTES = 64 << 20
+SMALL_BYTES = 64 << 20
 
 
 class WeightArena:
@@ -38,8 +38,8 @@ class WeightArena:
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialized uint8 tensor on the CPU."""
         size = math.prod(shape)
-        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        if self.capacity < _SMALL_BYTES or start + size > self.capacity:
+        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        if self.capacity < SMALL_BYTES or start + size > self.capacity:
             return torch.empty(shape, dtype=torch.uint8)
         if self._block is None:
             self._block = huge_block(self.capacity)
@@ -53,7 +53,7 @@ class WeightArena:
         Where a virtual machine asks its host for every huge page, that takes ten times as long as filling them; whoever
         fills them from the front and this thread from the back ask side by side. What is written is kept.
         """
-        if self.capacity < _SMALL_BYTES or not native.available():
+        if self.capacity < SMALL_BYTES or not native.available():
             yield
             return
         if self._block is None:

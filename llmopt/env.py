@@ -3,6 +3,8 @@
 LLMOPT_ISA       portable | avx2 | avx512 | amx   force the CPU kernels to one instruction set (default: the best)
 LLMOPT_LIBRARY   path                             load this kernel library instead of the installed one
 LLMOPT_CACHE     path                             where compiled libraries are kept (default: ~/.cache/llmopt)
+
+PYTORCH_ALLOC_CONF, torch's own, is only looked at.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Packed(nn.Module):
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(arena, "SMALL_BYTES", 0)
 
 
 def test_tensors_lie_one_after_the_other_on_cache_lines(small: None) -> None:

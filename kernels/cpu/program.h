@@ -3,7 +3,8 @@
 // An op checks its tensors, builds a task that holds their addresses, and hands it to run_or_record(). While a program is
 // being recorded on this thread the task is only kept. A recorded task reads what changes between runs (tokens, positions,
 // lengths) from the tensors it was given; whoever records keeps all of them alive and in place. record_call() adds a
-// function from outside between them, with a name: native code, for one that takes Python's lock could wait for a fork that waits for it.
+// function from outside between them, with a name: native code, for one that takes Python's lock could wait for a fork
+// that waits for it.
 #pragma once
 #include <functional>
 

@@ -21,7 +21,7 @@ REQUEST_TOKENS = 128
 _PLAIN_ROUNDS, _PLAIN_RATIO = 4, 1.25
 
 
-class _Clock:
+class Clock:
     """A streamer that only looks at the clock: ``generate`` calls ``put`` with the prompt, then with every token."""
 
     def __init__(self) -> None:
@@ -76,15 +76,20 @@ def run_once(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, 
         prompt: ``[1, T]`` int64.
         new_tokens: at least 2.
     """
-    clock = _Clock()
+    clock = Clock()
     started = time.perf_counter()
+    request(model, prompt, new_tokens, clock)
+    stamps = torch.tensor(clock.stamps[1:], dtype=torch.float64) - started
+    gaps = stamps[1:] - stamps[:-1]
+    return float(stamps[0]) * 1e3, float(gaps.median()) * 1e3
+
+
+def request(model: Any, prompt: torch.Tensor, new_tokens: int, clock: Clock) -> None:
+    """``generate`` exactly so many tokens greedily, whatever the model's own generation config says."""
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         do_sample=False, num_beams=1, num_return_sequences=1, streamer=clock, pad_token_id=0,
     )  # fmt: skip
-    stamps = torch.tensor(clock.stamps[1:], dtype=torch.float64) - started
-    gaps = stamps[1:] - stamps[:-1]
-    return float(stamps[0]) * 1e3, float(gaps.median()) * 1e3
 
 
 @dataclass(frozen=True, slots=True)

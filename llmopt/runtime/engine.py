@@ -20,7 +20,7 @@ from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.linear import linears
 from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.moe import MoeBlock
-from llmopt.runtime.program import Recorded, recorded
+from llmopt.runtime.program import GraphMemory, Recorded, recorded
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.weights import norm_of, weight_of
 
@@ -73,7 +73,7 @@ class Engine:
         self._own_halves = family.attention.rotated_as_halves
         self._rope: Rope | None = None
         self.pooled = pooled
-        self._graph_pool: Any = None
+        self._graphs = GraphMemory()
         self._idle_work: list[Workspace] = []
 
     def new_cache(self, sequences: int, capacity: int) -> KVCache:
@@ -163,13 +163,7 @@ class Engine:
 
     def program(self, step: DecodeStep) -> Recorded:
         """What runs a step again and again: its calls, recorded."""
-        return recorded(step, graph=self.pooled)
-
-    def graph_pool(self) -> Any:
-        """Memory shared by the CUDA graphs of all steps."""
-        if self._graph_pool is None:
-            self._graph_pool = torch.cuda.graph_pool_handle()
-        return self._graph_pool
+        return recorded(step, self._graphs if self.pooled else None)
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """Run the tokens the cache does not hold yet.

@@ -32,7 +32,6 @@ class FusedForward:
     def __init__(self, stack: nn.Module, engine: Callable[[], Engine], fallbacks: dict[str, int]) -> None:
         self._stack, self._engine, self._fallbacks = stack, engine, fallbacks
         self._own = stack.forward
-        self._device = next(stack.parameters()).device
 
     def __call__(
         self, input_ids: torch.Tensor | None = None, attention_mask: Any = None,
@@ -113,7 +112,7 @@ class FusedForward:
         given = ids if ids is not None else embeds
         if given is None or (ids is not None and embeds is not None):
             return "neither input_ids nor inputs_embeds alone", None
-        if given.device != self._device:
+        if given.device != self._engine().device:
             return f"inputs on {given.device.type}", None
         if cache is not None and not isinstance(cache, KVCache):
             return f"a {type(cache).__name__} instead of llmopt's cache", None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -32,11 +33,25 @@ def only_ops() -> bool:
     return torch.compiler.is_compiling() or (native.available() and bool(native.library().recording()))
 
 
-def recorded(step: DecodeStep, *, graph: bool = False) -> Recorded:
-    """A step's calls for its device: on the CPU a program of ops, on a GPU the calls themselves or a CUDA graph of them."""
+class GraphMemory:
+    """Memory that CUDA graphs share, which do not run at once: those of one engine's steps."""
+
+    @functools.cached_property
+    def pool(self) -> Any:
+        """As ``torch.cuda.graph`` takes it."""
+        return torch.cuda.graph_pool_handle()
+
+
+def recorded(step: DecodeStep, graphs: GraphMemory | None) -> Recorded:
+    """A step's calls for its device: on the CPU a program of ops, on a GPU a CUDA graph, or the calls themselves.
+
+    Args:
+        step: made but for this.
+        graphs: where graphs lie; None: no graph.
+    """
     if not by_triton(step.ids):
         return Program(step.make_calls)
-    return GraphProgram(step) if graph and step.ids.is_cuda else Calls(step)
+    return Calls(step) if graphs is None or not step.ids.is_cuda else GraphProgram(step, graphs)
 
 
 class Program:
@@ -98,9 +113,10 @@ class GraphProgram:
     Args:
         step: its tensors are those of the graph; what it holds is as before when this returns, its cache's last slots aside,
             which are behind all that is filled.
+        graphs: where it lies.
     """
 
-    def __init__(self, step: DecodeStep) -> None:
+    def __init__(self, step: DecodeStep, graphs: GraphMemory) -> None:
         self._device = step.ids.device
         changed = (step.ids, step.rows.position, step.rows.slot)
         # one capture of a process at a time; calls of other threads that allocate do not disturb it
@@ -112,7 +128,7 @@ class GraphProgram:
                 step.to_last_slots()
                 step.make_calls()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=step.graph_pool(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=graphs.pool, capture_error_mode="thread_local"):
                 self._keep = step.make_calls()
             for tensor, old in zip(changed, before, strict=True):
                 tensor.copy_(old)

@@ -5,8 +5,6 @@ A step takes one token of each sequence of a batch, or several of a single seque
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from llmopt.errors import InputError
@@ -96,10 +94,6 @@ class DecodeStep:
         """Stand where a run writes to the last slots of the cache: for runs whose tokens nobody wants."""
         torch.add(self._ahead, self.capacity - 1 - self.tokens, out=self.rows.slot)  # a run moves on first
         self.rows.position.copy_(self.rows.slot)
-
-    def graph_pool(self) -> Any:
-        """The memory that graphs of this engine's steps share: they do not run at once."""
-        return self._engine.graph_pool()
 
     def run(self) -> None:
         """Decode ``ids``. The caller has made sure that the cache has room."""

@@ -26,7 +26,7 @@ def test_everything_is_right_and_written_down(
         gpu_check.main()
     assert ended.value.code == 0
     found = json.loads((tmp_path / "a.json").read_text())
-    assert set(found["steps"]["ops"]) == set(SPECS) - gpu_check.CPU_ONLY - {"gptq_round", "packed_tiles"}
+    assert set(found["steps"]["ops"]) == set(SPECS) - gpu_check.CPU_ONLY
     assert found["steps"]["families"]["qwen3"] > gpu_check.FAMILY_COSINE
     assert found["left_out"] == []
     assert "Right: " in (tmp_path / "a.md").read_text()

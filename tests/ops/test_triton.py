@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu_check import CPU_ONLY, tolerance
 from llmopt.ops import SPECS, device
 from llmopt.ops.fused_linear import Weight, fused_linear, reference
 from llmopt.ops.fused_linear.spec import weight_data
@@ -17,14 +18,8 @@ from llmopt.ops.spec import Case, OpSpec
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is not 1")
 
-# without a kernel of their own on a GPU: the screened head pays where bytes of the head are most of a token
-CPU_ONLY = {"screened_head"}
 # of an op's own work, value by value in numpy: what takes minutes
 MOST_WORK = 4_000_000
-# products of packed weights: tokens are rounded to float16 in place of 8 bits
-PRODUCTS = {"int4_linear", "int8_linear", "int4_experts", "fused_linear", "moe", "latent_cache", "latent_output"}
-# relative to the largest value: what is rounded to these between two products of a kernel (attention's weights, activations)
-ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 0.0}
 
 
 def test_many_tokens_are_multiplied_by_the_dequantized_weight_and_swiglu_has_its_biases() -> None:
@@ -63,8 +58,5 @@ def test_a_kernel_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: tor
         got = spec.run(**inputs)
     assert got.dtype == expected.dtype
     assert got.shape == expected.shape
-    rtol, atol = spec.tolerance[dtype]
-    size = float(expected.float().abs().max()) if expected.numel() else 0.0
-    atol = max(atol, ROUNDED[dtype] * size, 2e-3 * size if spec.name in PRODUCTS else 0.0)
-    rtol = max(rtol, 4e-3 if spec.name in PRODUCTS else 0.0)
+    rtol, atol = tolerance(spec, dtype, expected)
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)

@@ -26,7 +26,7 @@ needs_kernels = pytest.mark.skipif(not native.available(), reason="no compiled k
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of small models are moved as well."""
-    monkeypatch.setattr(weights, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(weights, "SMALL_BYTES", 0)
 
 
 def context(model: Any, *, timed: bool = False) -> PassContext:
@@ -127,7 +127,7 @@ def test_behind_fuse_kernels_buffers_and_caches_of_some_batch_sizes_are_kept(
 def test_every_subset_of_stages_gives_the_tokens_of_the_model(
     least_bytes: int, tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_SMALL_BYTES", least_bytes)
+    monkeypatch.setattr(weights, "SMALL_BYTES", least_bytes)
     model, ids = tiny("qwen3", torch.float32), token_rows(1, 9)
     mask = torch.ones_like(ids)
     expected = model.generate(ids, attention_mask=mask, **GREEDY)

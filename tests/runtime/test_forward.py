@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from llmopt.models import FAMILIES
-from llmopt.runtime.cache import KVCache
+from llmopt.runtime.cache import CACHE, KVCache
 
 every_family = pytest.mark.parametrize("family", [f.model_type for f in FAMILIES])
 
@@ -111,3 +112,17 @@ def test_logits_are_float32_and_only_those_asked_for(fused: Any, token_rows: Any
     out = model(token_rows(2, 9), logits_to_keep=1)
     assert out.logits.shape[:2] == (2, 1)
     assert out.logits.dtype == torch.float32
+
+
+@every_family
+def test_the_cache_goes_by_the_name_that_transformers_has_for_it(family: str, fused: Any, token_rows: Any) -> None:
+    plain, model = fused(family)
+    assert CACHE in inspect.signature(plain.model.forward).parameters
+    assert CACHE in model(token_rows(1, 5), use_cache=True)
+    # the stack's own name, before 5.24 and since
+    ids = token_rows(1, 9)
+    whole = model.model(ids).last_hidden_state[:, 5:]
+    for name in ("past_key_values", "cache"):
+        first = model.model(ids[:, :5], use_cache=True)
+        second = model.model(ids[:, 5:], **{name: first[CACHE]})
+        torch.testing.assert_close(second.last_hidden_state, whole, rtol=1e-4, atol=1e-4)

@@ -40,7 +40,7 @@ class Recording:
 
     def begin(self, part: str, own: set[int]) -> None:
         """A part is about to be called; ``own``: addresses of its arguments, which are no buffers."""
-        self._part, self._count, self._own = self._places.setdefault(part, []), 0, set(own)
+        self._part, self._count, self._own = self._places.setdefault(part, []), 0, own
 
     def taken(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that an op is given: itself, or the buffer in its place."""
@@ -64,13 +64,13 @@ class Recording:
         return [*self._tensors, *self._places.values()]
 
 
-class Current(threading.local):
-    """The recording of this thread."""
+class _OfThread(threading.local):
+    """What this thread records."""
 
     recording: Recording | None = None
 
 
-CURRENT = Current()
+CURRENT = _OfThread()
 
 
 def call_op(spec: str, *tensors: Any) -> Any:

@@ -45,6 +45,11 @@ class PoolMemory(Pass):
 
         ctx.emit(Event("progress", self.name, "planning memory"))
         model: Any = ctx.resolved.model
+        details: dict[str, Any] = {}
+        if ctx.device.type == "cuda":
+            from llmopt.passes.pool_memory.cuda import set_options
+
+            details["allocator"] = set_options(ctx.device)  # before anything is allocated here
         planned = weights.planned(model) if self.weights else []
         coverage = Coverage(touched=len(ctx.resolved.layers), implementations={})
         swaps = weights.moved(planned, ctx.device, model)
@@ -65,11 +70,7 @@ class PoolMemory(Pass):
                 generation.changed(pooled=pooled)
 
         patch = Patch(swaps, on_enable=lambda: switched(True), on_disable=lambda: switched(False))
-        details: dict[str, Any] = {"weights_moved": sum(p.nbytes for p in planned)}
-        if ctx.device.type == "cuda":
-            from llmopt.passes.pool_memory.cuda import set_options
-
-            details["allocator"] = set_options(ctx.device)
+        details["weights_moved"] = sum(p.nbytes for p in planned)
         if ctx.timed:
             details |= counters.before_and_after(ctx, patch, _STEADY_TOKENS)
             details["said"] = counters.said(details)

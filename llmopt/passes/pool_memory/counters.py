@@ -8,24 +8,23 @@ import time
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
+from llmopt.measure import timing
+from llmopt.measure.timing import Clock
 from llmopt.passes.base import PassContext, Patch
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]
+class _Counts(Clock):
     """When each token came, and what had been counted by then."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
-        self.times: list[float] = []
         self.counts: list[int] = []
 
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
         self.counts.append(count(self._device))
-
-    def end(self) -> None: ...
 
 
 def count(device: torch.device) -> int:
@@ -35,29 +34,27 @@ def count(device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
 
 
-def request(ctx: PassContext, tokens: int) -> dict[str, float]:
+def counted_request(ctx: PassContext, tokens: int) -> dict[str, float]:
     """One request of the measured prompt and ``tokens`` more, after one that warms up.
 
     Returns:
         first_token and steady_per_1000_tokens, of what :func:`count` counts; the seconds of the first token, of a steady one,
         and of the slowest one beyond it; on a GPU also reserved and active bytes.
     """
-    model: Any = ctx.model
     prompt = torch.randint(
         0, ctx.resolved.vocab_size, (1, ctx.prompt_tokens), generator=torch.Generator().manual_seed(ctx.seed)
     ).to(ctx.device)
-    options = {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1, "do_sample": False, "pad_token_id": 0}
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    clock = _Clock(ctx.device)
+    timing.request(ctx.model, prompt, tokens + 1, Clock())
+    clock = _Counts(ctx.device)
     began, counted = time.perf_counter(), count(ctx.device)
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
+    timing.request(ctx.model, prompt, tokens + 1, clock)
     # what is put first is the prompt
-    waits = sorted(b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False))
+    waits = sorted(b - a for a, b in zip(clock.stamps[1:], clock.stamps[2:], strict=False))
     steady = statistics.median(waits)
     found = {
         "first_token": clock.counts[1] - counted,
         "steady_per_1000_tokens": 1000 * (clock.counts[-1] - clock.counts[1]) / len(waits),
-        "first_token_s": clock.times[1] - began,
+        "first_token_s": clock.stamps[1] - began,
         "steady_s": steady,
         "worst_stall_s": waits[-1] - steady,
     }
@@ -68,11 +65,11 @@ def request(ctx: PassContext, tokens: int) -> dict[str, float]:
 
 
 def before_and_after(ctx: PassContext, patch: Patch, tokens: int) -> dict[str, Any]:
-    """:func:`request` without the patch and with it; it is off again afterwards."""
-    before = request(ctx, tokens)
+    """:func:`counted_request` without the patch and with it; it is off again afterwards."""
+    before = counted_request(ctx, tokens)
     patch.enable()
     try:
-        after = request(ctx, tokens)
+        after = counted_request(ctx, tokens)
     finally:
         patch.disable()
     return {"counted": "allocations" if ctx.device.type == "cuda" else "page faults", "before": before, "after": after}
@@ -89,6 +86,8 @@ def said(details: dict[str, Any]) -> list[str]:
     ]
     if details["weights_moved"]:
         lines.insert(0, f"weights in one block: {details['weights_moved'] / 1e6:.0f} MB")
+    if "allocator" in details:
+        lines.append(details["allocator"])
     if "reserved" in after:
         unused = [1 - x["active"] / max(x["reserved"], 1) for x in (before, after)]
         sizes = " -> ".join(f"{x['reserved'] / 1e9:.2f} GB" for x in (before, after))

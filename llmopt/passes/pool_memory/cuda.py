@@ -1,4 +1,4 @@
-"""CUDA's caching allocator: a pool for each lifetime, and its options while they can still be set."""
+"""CUDA's caching allocator: a pool for weights, and its options while they can still be set."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ _OPTIONS = "expandable_segments:True"
 
 
 @functools.cache
-def _pool(lifetime: str, device: torch.device) -> Any:
+def _pool(device: torch.device) -> Any:
     return torch.cuda.MemPool()
 
 
 @contextmanager
-def in_pool(lifetime: str, device: torch.device) -> Iterator[None]:
-    """Meanwhile this thread allocates from the pool of a lifetime ("weights"): blocks that stay do not lie
-    between blocks that go."""
-    with torch.cuda.use_mem_pool(_pool(lifetime, device), device):
+def in_pool(device: torch.device) -> Iterator[None]:
+    """Meanwhile this thread allocates from a pool of its own: blocks that stay do not lie between blocks that go."""
+    with torch.cuda.use_mem_pool(_pool(device), device):
         yield
 
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmopt.arena import huge_block
+from llmopt.arena import ALIGNMENT, SMALL_BYTES, huge_block
 from llmopt.passes.base import Swap
-
-# below this weights may stay in the caches, and rounding up to huge pages shows
-_SMALL_BYTES = 64 << 20
-_ALIGNMENT = 64
 
 
 def planned(model: nn.Module) -> list[nn.Parameter]:
@@ -19,14 +15,14 @@ def planned(model: nn.Module) -> list[nn.Parameter]:
     Packed weights are buffers, and lie in a block already (:mod:`llmopt.arena`).
     """
     found = list(model.parameters())
-    return found if sum(p.nbytes for p in found) >= _SMALL_BYTES else []
+    return found if sum(p.nbytes for p in found) >= SMALL_BYTES else []
 
 
 def moved(parameters: list[nn.Parameter], device: torch.device, model: nn.Module) -> list[Swap]:
     """Swaps that put copies in one block in their place; tied weights stay tied."""
     if not parameters:
         return []
-    sizes = [-(-p.nbytes // _ALIGNMENT) * _ALIGNMENT for p in parameters]
+    sizes = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in parameters]
     block = _block(sum(sizes), device)
     copies: dict[int, nn.Parameter] = {}
     with torch.no_grad():
@@ -46,5 +42,5 @@ def _block(size: int, device: torch.device) -> torch.Tensor:
         return huge_block(size)
     from llmopt.passes.pool_memory.cuda import in_pool
 
-    with in_pool("weights", device):
+    with in_pool(device):
         return torch.empty(size, dtype=torch.uint8, device=device)
