@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmopt import native
-from llmopt.errors import InputError, UnsupportedModelError
+from llmopt.errors import InputError, PassError, UnsupportedModelError
 from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ class CompileTvm(Pass):
             then); "auto": both are compiled and timed on this model and machine, the faster is kept; TVM where nothing is
             measured.
         cache: keep TVM's libraries on disk and use those that are there (``llmopt cache``).
+        tune_s: seconds to search for faster schedules of TVM's kernels; 0: none. What is found is kept as it is found, also
+            where the search is interrupted, and used from then on with any ``tune_s``; the next search goes on from there.
+        records: the file of schedules to read and to write, for others to use; None: one a step, in the cache folder.
     """
 
     name: ClassVar[str] = "compile_tvm"
@@ -42,12 +47,20 @@ class CompileTvm(Pass):
 
     backend: str = "tvm"
     cache: bool = True
+    tune_s: float = 0.0
+    records: str | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InputError.argument("backend", expected=" | ".join(BACKENDS), got=self.backend)
         if type(self.cache) is not bool:
             raise InputError.argument("cache", expected="True or False", got=self.cache)
+        if type(self.tune_s) not in (int, float) or not 0 <= self.tune_s < math.inf:
+            raise InputError.argument("tune_s", expected="seconds, 0 or more", got=self.tune_s)
+        if self.records is not None and (type(self.records) is not str or not self.records):
+            raise InputError.argument("records", expected="a file's path or None", got=self.records)
+        if self.backend == "inductor" and (self.tune_s or self.records):
+            raise InputError("tune_s, records: schedules are TVM's, got backend='inductor'")
 
     def check(self, ctx: PassContext) -> Verdict:
         if ctx.device.type != "cpu":
@@ -73,7 +86,11 @@ class CompileTvm(Pass):
         ctx.emit(Event("progress", self.name, "compiling the decode step"))
         model: Any = ctx.resolved.model
         before = generation_behind(vars(model).get("generate"))
-        current = Current(ctx.resolved, "tvm" if self.backend == "auto" else self.backend, self.cache)
+        backend = "tvm" if self.backend == "auto" else self.backend
+        records = Path(self.records) if self.records else None
+        if records is not None and not self.tune_s and not records.is_file():
+            raise PassError(f"compile_tvm: {records}: no such file (tune_s=SECONDS writes one)")
+        current = Current(ctx.resolved, backend, self.cache, self.tune_s, records)
         current.switched(before)
         details, settled = self._compile(ctx, current)
         generation = Generation(model, current)
@@ -102,10 +119,7 @@ class CompileTvm(Pass):
         from llmopt.passes.compile_tvm.engine import TvmEngine
         from llmopt.passes.compile_tvm.verify import verify
 
-        def waits() -> None:
-            ctx.emit(Event("progress", self.name, "another process is compiling this step"))
-
-        engine = current.get(on_wait=waits)
+        engine = current.get(ctx.emit)
         details = dict[str, Any](backend=current.backend, **current.facts)
         if isinstance(engine, TvmEngine) and engine.machine is not None:
             details |= {"kinds": len(engine.kinds), "kernels": sorted(engine.machine.kernels)}
@@ -141,6 +155,7 @@ def _said(details: dict[str, Any], *, fused: bool) -> list[str]:
         left = ": fuse_kernels' ops leave nothing between them" if fused and not details["kernels"] else ""
         cost = f"{details['compile_s']:.2g} s, {details['cache']}"
         said.append(f"TVM: {details['kinds']} kinds of parts, {kernels}{left}; {cost}")
+        said += _said_of_schedules(details)
     rival = details.get("inductor", {})
     if "failed" in rival:
         said.append(f"Inductor failed: {rival['failed']}")
@@ -153,3 +168,17 @@ def _said(details: dict[str, Any], *, fused: bool) -> list[str]:
         agree = f"{found['agree']} of {found['tokens']} decoded tokens"
         said.append(f"{agree} as without it, mean KL {max(found['mean_kl'], 0.0):.2g} nats")
     return said
+
+
+def _said_of_schedules(details: dict[str, Any]) -> list[str]:
+    """Which schedules TVM's kernels have, if any other than the default."""
+    if "refused" in details:
+        return [f"schedules on record are not used: {details['refused']}"]
+    found = details.get("tuning")
+    if found is None:
+        return [f"schedules of {details['records']}"] if "records" in details else []
+    faster = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found["faster"].items())
+    gain = f"{len(found['faster'])} faster than by the default schedule ({faster})" if faster else "none faster"
+    left = found["kernels"] - found["done"]
+    rest = f"; {left} not searched to the end in {found['budget_s']:g} s" if left else ""
+    return [f"tuning: {found['kernels']} kernels, {found['tried']} schedules tried, {gain}{rest}; {details['records']}"]

@@ -52,18 +52,11 @@ def target() -> dict[str, Any]:
     return {"kind": "llvm", "mcpu": "x86-64", "mattr": _FEATURES[native.active_isa()], "fast-math-reassoc": True}
 
 
-def build(parts: list[Part], hidden_size: int) -> Built:
-    """Export, import and compile parts.
-
-    Args:
-        parts: of different signatures.
-        hidden_size: H.
-
-    Raises:
-        PassError: torch or TVM cannot; says why.
-    """
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What torch and TVM raise becomes a PassError that says why."""
     try:
-        return _build(parts, hidden_size)
+        yield
     except PassError:
         raise
     except COMPILERS_RAISE as error:
@@ -75,7 +68,26 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _build(parts: list[Part], hidden_size: int) -> Built:
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """Parts as Relax functions that call kernels and ops of ours.
+
+    Attributes:
+        mod: TVM's module.
+        kernels: the generated kernels (PrimFuncs) by name, not scheduled yet.
+    """
+
+    mod: Any
+    kernels: dict[str, Any]
+
+
+def lower(parts: list[Part], hidden_size: int) -> Lowered:
+    """Export and import parts, and fuse what lies between calls of ops.
+
+    Args:
+        parts: of different signatures.
+        hidden_size: H.
+    """
     import tvm
     from tvm import relax
     from tvm.relax.backend.cpu_generic import pipeline
@@ -86,23 +98,46 @@ def _build(parts: list[Part], hidden_size: int) -> Built:
         name = f"part_{i}"
         functions[relax.GlobalVar(name)] = imported(part, args, free).with_attr("global_symbol", name)
     where = tvm.target.Target(target())
-    kernels: list[str] = []
-
-    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
-    def lower(mod: Any, _ctx: Any) -> Any:
-        passes = [
-            relax.transform.FastMathTransform(),
-            *pipeline.legalize_passes(where),
-            *pipeline.dataflow_lower_passes(where),
-        ]
-        lowered = tvm.transform.Sequential(passes)(mod)
-        # what comes later are functions that compute sizes, which the machine must call
-        kernels.extend(var.name_hint for var, f in lowered.functions.items() if isinstance(f, tvm.tirx.PrimFunc))
-        return tvm.transform.Sequential(pipeline.finalize_passes(where))(lowered)
-
+    passes = [
+        relax.transform.FastMathTransform(),
+        *pipeline.legalize_passes(where),
+        *pipeline.dataflow_lower_passes(where),
+        # reshapes that have become views
+        relax.transform.DeadCodeElimination([var.name_hint for var in functions]),
+    ]
     with tvm.transform.PassContext():
-        executable = relax.build(tvm.IRModule(functions), where, relax_pipeline=lower)
-    return Built(executable, tuple(sorted(kernels)))
+        mod = tvm.transform.Sequential(passes)(tvm.IRModule(functions))
+    # what comes later are functions that compute sizes, which the machine must call
+    kernels = {var.name_hint: f for var, f in mod.functions.items() if isinstance(f, tvm.tirx.PrimFunc)}
+    return Lowered(mod, dict(sorted(kernels.items())))
+
+
+def build(lowered: Lowered, chosen: dict[str, list[Any]]) -> Built:
+    """Schedule the kernels and compile.
+
+    Args:
+        lowered: by :func:`lower`.
+        chosen: schedules other than the default one, by :func:`~llmopt.passes.compile_tvm.schedules.name_of` their kernel.
+
+    Raises:
+        RefusedScheduleError: a chosen one is none of its kernel's.
+    """
+    import tvm
+    from tvm import relax
+    from tvm.relax.backend.cpu_generic import pipeline
+
+    from llmopt.passes.compile_tvm import schedules
+
+    mod = lowered.mod.clone()
+    for name, kernel in lowered.kernels.items():
+        key = schedules.name_of(kernel)
+        schedule = schedules.replayed(kernel, chosen[key]) if key in chosen else schedules.default(kernel)
+        mod[name] = schedules.function(schedule)
+    where = tvm.target.Target(target())
+    with tvm.transform.PassContext():
+        finish = tvm.transform.Sequential(pipeline.finalize_passes(where))
+        executable = relax.build(mod, where, relax_pipeline=finish)
+    return Built(executable, tuple(lowered.kernels))
 
 
 def export(built: Built, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The compiled engine for the modules as they are now, and where its compiled library comes from."""
+"""The compiled engine for the modules as they are now, and where its compiled library and its schedules come from."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import llmopt
 import llmopt.ops
 from llmopt import native
 from llmopt.models.base import ResolvedModel
+from llmopt.passes.base import Event
 from llmopt.passes.compile_tvm.cache import Cache, RefusedEntryError, key_of
-from llmopt.passes.compile_tvm.compiled import Built, Machine, build, export, load, target
+from llmopt.passes.compile_tvm.compiled import Built, Machine, export, load, target
 from llmopt.passes.compile_tvm.engine import StepEngine, TvmEngine
 from llmopt.passes.compile_tvm.inductor import InductorEngine
+from llmopt.passes.compile_tvm.kernels import StepKernels
 from llmopt.runtime.generate import Generation
 
 _VERSIONS = ("apache-tvm", "apache-tvm-ffi", "torch")
@@ -32,30 +34,36 @@ class Current:
         resolved: the model.
         backend: "tvm" or "inductor".
         on_disk: look for TVM's libraries there, and keep new ones.
+        tune_s: seconds to search for faster schedules of a step's kernels before it is first compiled.
+        records: the file of schedules; None: one for each step, in the user's cache folder.
 
     Attributes:
         backend: may be changed; :meth:`switched` then.
-        facts: for the receipt: seconds of compiling or loading by TVM, and what the cache had.
+        facts: for the receipt: seconds of compiling or loading by TVM, what the cache had, and which schedules were taken.
     """
 
-    def __init__(self, resolved: ResolvedModel, backend: str, on_disk: bool) -> None:
+    def __init__(
+        self, resolved: ResolvedModel, backend: str, on_disk: bool, tune_s: float = 0.0, records: Path | None = None
+    ) -> None:
         self._resolved, self.backend, self._on_disk = resolved, backend, on_disk
+        self._tune_s, self._records = tune_s, records
         self._under: Generation | None = None
         self._engine: StepEngine | None = None
         self._settled = False  # the engine is known to be that of the modules as they are
         self.pooled = False
         self._machines: dict[str, Machine] = {}
+        self._tuned: set[str] = set()
         self.facts: dict[str, Any] = {}
 
     def switched(self, under: Generation | None) -> None:
         """Patches have changed: ``generate`` now stands before ``under``, of fuse_kernels, or before the model's own."""
         self._under, self._settled = under, False
 
-    def get(self, on_wait: Callable[[], None] | None = None) -> StepEngine:
+    def get(self, emit: Callable[[Event], None] = lambda event: None) -> StepEngine:
         """The engine; the one there was where it still stands for the model's tensors.
 
         Args:
-            on_wait: called where another process is compiling the same.
+            emit: told of what takes time: tuning, and another process that is compiling the same.
 
         Raises:
             PassError: the step cannot be compiled.
@@ -64,7 +72,7 @@ class Current:
             engine = self.make(self.backend)
             if self._engine is None or engine.identity() != self._engine.identity():
                 # before it counts: one that cannot be compiled must not be taken for one that was
-                self._prepare(engine, on_wait)
+                self._prepare(engine, emit)
                 self._engine = engine
             self._settled = True
         return self._engine
@@ -84,33 +92,41 @@ class Current:
         kind = InductorEngine if backend == "inductor" else TvmEngine
         return kind(self._resolved, self._under.engine() if self._under else None)
 
-    def _prepare(self, engine: StepEngine, on_wait: Callable[[], None] | None) -> None:
+    def _prepare(self, engine: StepEngine, emit: Callable[[Event], None]) -> None:
         if not isinstance(engine, TvmEngine):
             return
-        made_from = _made_from(engine)
+        kernels = StepKernels(engine, self._records)
+        if self._tune_s and kernels.step not in self._tuned:
+            kernels.tune(self._tune_s, emit)
+            self._tuned.add(kernels.step)
+        made_from = {**_made_from(engine), "schedules": kernels.digest()}
         key = key_of(made_from)
         if key not in self._machines:
             started = time.perf_counter()
-            self._machines[key] = self._machine(engine, made_from, on_wait)
-            self.facts["compile_s"] = time.perf_counter() - started
+            self._machines[key] = self._machine(kernels, made_from, emit)
+            self.facts |= {"compile_s": time.perf_counter() - started, **kernels.facts}
         engine.machine = self._machines[key]
 
-    def _machine(self, engine: TvmEngine, made_from: dict[str, Any], on_wait: Callable[[], None] | None) -> Machine:
+    def _machine(self, kernels: StepKernels, made_from: dict[str, Any], emit: Callable[[Event], None]) -> Machine:
         """Found on disk, or built. Whatever is wrong with the disk is said, and no reason not to compile."""
         self.facts["cache"] = "off"
         built: Built | None = None
+
+        def waits() -> None:
+            emit(Event("progress", "compile_tvm", "another process is compiling this step"))
+
         if self._on_disk:
             try:
                 cache = Cache()
-                with cache.building(made_from, on_wait=on_wait):
+                with cache.building(made_from, on_wait=waits):
                     machine = self._found(cache, made_from)
                     if machine is not None:
                         return machine
-                    built = _build(engine)
+                    built = kernels.build()
                     _keep(cache, made_from, built)
             except (OSError, RefusedEntryError) as error:
                 self.facts["cache"] = f"not kept: {error}"
-        return Machine(built or _build(engine))
+        return Machine(built or kernels.build())
 
     def _found(self, cache: Cache, made_from: dict[str, Any]) -> Machine | None:
         try:
@@ -128,10 +144,6 @@ class Current:
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model has an engine of its own, over its own modules
         return {**vars(self), "_engine": None, "_machines": {}, "_settled": False}
-
-
-def _build(engine: TvmEngine) -> Built:
-    return build(list(engine.kinds.values()), engine.hidden_size)
 
 
 def _keep(cache: Cache, made_from: dict[str, Any], built: Built) -> None:

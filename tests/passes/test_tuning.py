@@ -1,0 +1,369 @@
+"""compile_tvm's schedules: what is drawn computes the same, what is found is kept, shared, and refused where it is not ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import llmopt
+from llmopt import native
+from llmopt.cli import app
+from llmopt.errors import InputError, PassError
+from llmopt.models import FAMILIES, resolve_model
+from llmopt.models.shapes import tiny_model
+from llmopt.passes import CompileTvm
+from llmopt.passes.base import Event, PassContext
+from llmopt.passes.compile_tvm.records import Record, Records, RefusedRecordsError, files
+
+tvm = pytest.importorskip("tvm")
+pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+
+from tvm.s_tir import Schedule  # noqa: E402
+
+from llmopt.passes.compile_tvm import compiled, schedules, tuning  # noqa: E402
+from llmopt.passes.compile_tvm.engine import TvmEngine  # noqa: E402
+
+TARGET = {"kind": "llvm"}
+FOUND = Record("k", 3, 9, True, 2.0, 1.0, [[], []])
+
+
+@pytest.fixture(scope="module", params=[f.model_type for f in FAMILIES])
+def lowered(request: Any) -> Any:
+    engine = TvmEngine(resolve_model(tiny_model(request.param)), None)
+    return compiled.lower(list(engine.kinds.values()), engine.hidden_size)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LLMOPT_CACHE", str(folder))
+    return folder
+
+
+def results(kernel: Any, tokens: int) -> list[torch.Tensor]:
+    """Every argument after a call, symbolic sizes all ``tokens``."""
+    made = []
+    draw = torch.Generator().manual_seed(0)
+    for parameter in kernel.params:
+        shape = [tokens if isinstance(s, tvm.tirx.Var) else int(s) for s in parameter.shape]
+        dtype = getattr(torch, str(parameter.dtype))
+        floats = torch.randn(shape, generator=draw) if dtype.is_floating_point else torch.zeros(shape)
+        made.append(floats.to(dtype))
+    built = tvm.compile(
+        tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target=compiled.target()
+    ).jit()
+    built["main"](*(compiled.as_argument(t) for t in made))
+    return made
+
+
+def test_every_schedule_computes_what_the_kernel_does_for_any_number_of_tokens(lowered: Any) -> None:
+    assert lowered.kernels
+    for name, kernel in lowered.kernels.items():
+        for tokens in (1, 3):
+            expected = results(kernel, tokens)
+            drawn = [schedules.function(schedules.drawn(kernel, seed)) for seed in (1, 2, 8)]
+            for scheduled in (schedules.function(schedules.default(kernel)), *drawn):
+                for want, got in zip(expected, results(scheduled, tokens), strict=True):
+                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_default_leaves_no_elementwise_stage_to_itself(lowered: Any) -> None:
+    swiglu = [f for name, f in lowered.kernels.items() if "fast_exp" in name]
+    for kernel in swiglu:
+        assert "sblock_alloc_buffer" in str(kernel)
+        assert "sblock_alloc_buffer" not in str(schedules.function(schedules.default(kernel)))
+
+
+def test_a_schedule_is_replayed_from_its_json(lowered: Any) -> None:
+    for kernel in lowered.kernels.values():
+        for seed in range(1, 9):
+            schedule = schedules.drawn(kernel, seed)
+            again = schedules.replayed(kernel, json.loads(json.dumps(schedules.said(schedule))))
+            assert str(schedules.function(again)) == str(schedules.function(schedule))
+
+
+def test_schedules_leave_their_kernel_as_it_was(lowered: Any) -> None:
+    for kernel in lowered.kernels.values():
+        name, text = schedules.name_of(kernel), str(kernel)
+        schedules.default(kernel)
+        for seed in range(1, 5):
+            schedules.replayed(kernel, schedules.said(schedules.drawn(kernel, seed)))
+        assert (schedules.name_of(kernel), str(kernel)) == (name, text)
+
+
+def test_kernels_are_named_by_what_they_compute() -> None:
+    engines = [TvmEngine(resolve_model(tiny_model(family)), None) for family in ("qwen3", "ernie4_5")]
+    named = []
+    for engine in engines:
+        for _ in range(2):
+            kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size).kernels
+            named.append({name: schedules.name_of(kernel) for name, kernel in kernels.items()})
+    assert named[0] == named[1]
+    assert len(set(named[0].values())) == len(named[0])
+    assert named[0]["rms_norm"] != named[2]["rms_norm"]  # another epsilon or size
+
+
+HOSTILE = {
+    "an instruction of no rule": [[["UnsafeSetDType", ["b0", 0], ["int8"], []]], []],
+    "an intrinsic": [[["Tensorize", ["b0"], ["evil", True], []]], []],
+    "code of C": [[["Annotate", ["b0", "int f();"], ["pragma_import_c"], []]], []],
+    "code of LLVM": [[["Annotate", ["b0", "define void @f()"], ["pragma_import_llvm"], []]], []],
+    "no list": {"insts": []},
+    "text": "schedule",
+    "a number": 7,
+    "instructions of the wrong length": [[["GetLoops"]], []],
+    "a block there is not": [[["GetSBlock", [], ["nowhere", "main"], ["b0"]]], []],
+    "a variable there is not": [[["ComputeInline", ["b7"], [], []]], []],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_what_no_schedule_of_ours_says_is_refused(fault: str, lowered: Any) -> None:
+    kernel = lowered.kernels["rms_norm"]
+    with pytest.raises(schedules.RefusedScheduleError, match=r"it (holds|is)"):
+        schedules.replayed(kernel, HOSTILE[fault])
+
+
+# records
+
+
+def test_records_are_kept_beside_those_of_others(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "records.json"
+    mine, others = Records(file, TARGET), Records(file, {"kind": "cuda"})
+    mine.add("a", FOUND)
+    others.add("a", dataclasses.replace(FOUND, schedule=None))
+    mine.add("b", dataclasses.replace(FOUND, schedule=None))
+    again = Records(file, TARGET)
+    assert again.find("a") == FOUND
+    assert again.find("c") is None
+    assert again.schedules() == {"a": [[], []]}
+    assert Records(file, {"kind": "cuda"}).schedules() == {}
+    assert [f.name for f in file.parent.iterdir() if f.suffix == ".json"] == ["records.json"]
+
+
+def _add(file: Path, who: int) -> None:
+    records = Records(file, TARGET)
+    for i in range(10):
+        records.add(f"{who}-{i}", FOUND)
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "records.json"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_add, args=(file, who)) for who in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(Records(file, TARGET).schedules()) == 30
+
+
+OURS = '{"format": "llmopt schedules 1"'
+DAMAGED = [
+    "", "{", "[]", '{"format": 2}', OURS + "}", OURS + ', "targets": []}', OURS + ', "targets": {"a": {"b": {"name": "c"}}}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_file_is_refused_and_left_alone(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "records.json"
+    file.write_text(text)
+    with pytest.raises(RefusedRecordsError, match="not a file of tuning records"):
+        Records(file, TARGET)
+    file.unlink()
+    records = Records(file, TARGET)
+    file.write_text(text)
+    with pytest.raises(RefusedRecordsError):
+        records.add("a", FOUND)
+    assert file.read_text() == text
+
+
+# the search
+
+
+def test_a_search_goes_on_where_an_interrupted_one_ended(
+    lowered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, where = tmp_path / "records.json", tvm.target.Target(compiled.target())
+    drawn, seeds = schedules.drawn, []
+
+    def counted(kernel: Any, seed: int) -> Any:
+        seeds.append(seed)
+        if len(seeds) == 6:
+            raise KeyboardInterrupt
+        return drawn(kernel, seed)
+
+    monkeypatch.setattr(schedules, "drawn", counted)
+    kernels = {"rms_norm": lowered.kernels["rms_norm"]}
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(kernels, Records(file, TARGET), where, 60, lambda name, finished: None)
+    key = schedules.name_of(kernels["rms_norm"])
+    left = Records(file, TARGET).find(key)
+    assert left is not None
+    assert not left.done
+    assert left.seeds == 6
+    assert left.tried >= 1
+    assert left.default_us >= left.us > 0
+    tuning.tune(kernels, Records(file, TARGET), where, 60, lambda name, finished: None)
+    ended = Records(file, TARGET).find(key)
+    assert ended is not None
+    assert ended.done
+    assert seeds == list(range(1, ended.seeds + 1))
+    tuning.tune(kernels, Records(file, TARGET), where, 60, lambda name, finished: pytest.fail("it was done"))
+
+
+def test_the_budget_ends_a_search(lowered: Any, tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    records, where = Records(tmp_path / "records.json", TARGET), tvm.target.Target(compiled.target())
+    tuning.tune(lowered.kernels, records, where, 1e-6, lambda *said: told.append(said))
+    assert len(told) == 1
+    tuning.tune(lowered.kernels, records, where, 60, lambda *said: told.append(said))
+    assert [name for name, _ in told[-len(lowered.kernels) :]] == list(lowered.kernels)
+    assert told[-1][1] == len(lowered.kernels) - 1
+
+
+def test_what_computes_something_else_is_no_candidate(
+    lowered: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kernel, other = lowered.kernels["rms_norm"], schedules.drawn
+    nothing = tvm.tirx.PrimFunc(kernel.params, tvm.tirx.Evaluate(0), attrs=kernel.attrs)
+
+    def drawn(kernel: Any, seed: int) -> Any:
+        return Schedule(nothing) if seed % 2 else other(kernel, seed)
+
+    monkeypatch.setattr(schedules, "drawn", drawn)
+    records = Records(tmp_path / "records.json", TARGET)
+    tuning.tune({"rms_norm": kernel}, records, tvm.target.Target(compiled.target()), 20, lambda *said: None)
+    found = records.find(schedules.name_of(kernel))
+    assert found is not None
+    assert found.us > 0.2 * found.default_us
+
+
+# the pass
+
+
+def optimized(model: Any, **options: Any) -> dict[str, Any]:
+    llmopt.optimize(model, passes=[CompileTvm(**options)], measure=False)
+    (row,) = [row for row in llmopt.report(model).passes if row.name == "compile_tvm"]
+    assert row.verdict == "kept", row.reason
+    details: dict[str, Any] = row.details
+    return details
+
+
+def test_what_tuning_finds_is_used_from_then_on(tmp_path: Path) -> None:
+    plain = optimized(tiny_model("qwen3"))
+    assert plain["cache"] == "built"
+    assert "records" not in plain
+    tuned = optimized(tiny_model("qwen3"), tune_s=60)
+    found = tuned["tuning"]
+    assert found["kernels"] == found["done"] == len(tuned["kernels"])
+    assert any(line.startswith(f"tuning: {found['kernels']} kernels") for line in tuned["said"])
+    (file,) = files()
+    faster = Records(file, records_of(file)).schedules()
+    assert len(faster) == len(found["faster"])
+    assert optimized(tiny_model("qwen3"))["cache"] == "found"
+    assert optimized(tiny_model("qwen3"), tune_s=60)["tuning"]["seconds"] < found["seconds"]
+
+
+def records_of(file: Path) -> dict[str, Any]:
+    """What the records of a file with one target are for."""
+    (target,) = json.loads(file.read_text())["targets"]
+    loaded: dict[str, Any] = json.loads(target)
+    return loaded
+
+
+def chosen(file: Path, model: Any, change: Any) -> None:
+    """Write records that give every kernel of a model a schedule."""
+    engine = TvmEngine(resolve_model(model), None)
+    kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size).kernels
+    optimized(tiny_model("qwen3"), tune_s=1e-6, records=str(file))
+    records = Records(file, records_of(file))
+    for name, kernel in kernels.items():
+        schedule = change(schedules.said(schedules.drawn(kernel, 3)))
+        records.add(schedules.name_of(kernel), Record(name, 1, 1, True, 2.0, 1.0, schedule))
+
+
+def test_records_of_others_are_used_and_verified(tmp_path: Path, token_rows: Any) -> None:
+    file, ids = tmp_path / "given.json", token_rows(1, 12)
+    chosen(file, tiny_model("qwen3"), lambda schedule: schedule)
+    plain, model = tiny_model("qwen3"), tiny_model("qwen3")
+    details = optimized(model, records=str(file))
+    assert details["cache"] == "built"
+    assert f"schedules of {file}" in details["said"]
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    assert optimized(tiny_model("qwen3"), records=str(file))["cache"] == "found"
+    assert files() == []
+
+
+def test_records_that_are_none_are_an_error_where_given_and_said_where_kept(tmp_path: Path) -> None:
+    file = tmp_path / "given.json"
+    with pytest.raises(PassError, match="no such file"):
+        llmopt.optimize(tiny_model("qwen3"), passes=[CompileTvm(records=str(file))], measure=False, strict=True)
+    file.write_text("{}")
+    with pytest.raises(PassError, match="not a file of tuning records"):
+        llmopt.optimize(tiny_model("qwen3"), passes=[CompileTvm(records=str(file))], measure=False, strict=True)
+    file.unlink()
+    chosen(file, tiny_model("qwen3"), lambda schedule: HOSTILE["code of C"])
+    with pytest.raises(PassError, match="pragma_import_c"):
+        llmopt.optimize(tiny_model("qwen3"), passes=[CompileTvm(records=str(file))], measure=False, strict=True)
+    optimized(tiny_model("qwen3"), tune_s=60)
+    (kept,) = files()
+    kept.write_text(file.read_text())
+    details = optimized(tiny_model("qwen3"))
+    assert "pragma_import_c" in details["refused"]
+    assert any("not used" in line for line in details["said"])
+    kept.write_text("damaged")
+    assert "not a file of tuning records" in optimized(tiny_model("qwen3"))["refused"]
+
+
+def test_an_interrupt_leaves_the_model_and_what_was_found(token_rows: Any) -> None:
+    model, ids = tiny_model("qwen3"), token_rows(1, 12)
+    before = model(ids).logits
+    resolved = resolve_model(model)
+
+    def emit(event: Event) -> None:
+        if event.message.startswith("tuning") and event.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CompileTvm(tune_s=60).apply(PassContext(resolved, resolved.device, emit))
+    assert torch.equal(model(ids).logits, before)
+    assert "generate" not in vars(model)
+    (file,) = files()
+    assert file.read_text().count('"default_us"') == 2
+    told: list[tuple[str, int, int]] = []
+    ctx = PassContext(resolved, resolved.device, lambda e: told.append((e.message, e.done, e.total)))
+    total = len(CompileTvm(tune_s=60).apply(ctx).details["kernels"])
+    assert [done for message, done, _ in told if message.startswith("tuning")] == list(range(2, total))
+    assert {of for message, _, of in told if message.startswith("tuning")} == {total}
+
+
+@pytest.mark.parametrize(
+    "options", [{"tune_s": -1}, {"tune_s": float("nan")}, {"tune_s": True}, {"tune_s": "9"}, {"records": ""}, {"records": 3},
+                {"backend": "inductor", "tune_s": 3}]
+)  # fmt: skip
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        CompileTvm(**options)
+
+
+def test_schedules_are_listed_and_removed_only_if_asked(cache: Path) -> None:
+    optimized(tiny_model("qwen3"), tune_s=60)
+    (file,) = files()
+    run = CliRunner()
+    assert f"{file.stem}" in run.invoke(app, ["cache", "list"]).stdout
+    assert "kept 1 file of schedules" in run.invoke(app, ["cache", "clear"]).stdout
+    assert files() == [file]
+    assert "removed 1 file of schedules" in run.invoke(app, ["cache", "clear", "--schedules"]).stdout
+    assert files() == []
+    file.write_text("damaged")
+    assert "refused" in run.invoke(app, ["cache", "list"]).stdout
