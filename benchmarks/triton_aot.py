@@ -27,9 +27,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from llmopt.ops import SPECS, device
+from llmopt.ops.gptq_round import round_span, search_scales
 from llmopt.ops.spec import Case, OpSpec
 
 CPU_ONLY = {"screened_head"}
+GPTQ = "gptq_round"
 # ops whose published shapes are layers of experts, too large to be made for this
 ONLY_SMALL = {"moe", "int4_experts"}
 MOST_ELEMENTS = 20_000_000
@@ -125,24 +127,39 @@ def compile_op(spec: OpSpec, arch: int, seen: set[str], *, every: bool = False) 
             if compiled.hash in seen:
                 continue
             seen.add(compiled.hash)
-            registers, spilled = resources(compiled.asm["ptx"], arch)
-            yield Compiled(
-                spec.name, case.name, name, arch, registers, spilled, compiled.metadata.shared, compiled.metadata.num_warps
-            )  # fmt: skip
+            yield _measured(spec.name, case.name, name, compiled, arch)
+
+
+def compile_gptq(arch: int) -> Iterator[Compiled]:
+    """The kernels of GPTQ's solver, which is no op of a forward pass."""
+    w, u, ones = torch.zeros(1, 64, 128), torch.zeros(1, 128, 128), torch.ones(1, 64)
+    with torch.no_grad(), compiling(arch) as made:
+        for symmetric in (True, False):
+            search_scales(w, torch.ones(1, 128), bits=4, symmetric=symmetric)
+        round_span(w, u, ones, ones, bits=4)
+    for name, compiled in made:
+        yield _measured("gptq_round", "128 columns", name, compiled, arch)
+
+
+def _measured(op: str, case: str, name: str, compiled: Any, arch: int) -> Compiled:
+    registers, spilled = resources(compiled.asm["ptx"], arch)
+    return Compiled(op, case, name, arch, registers, spilled, compiled.metadata.shared, compiled.metadata.num_warps)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="80,90,100")
-    parser.add_argument("--op", choices=sorted(set(SPECS) - CPU_ONLY))
+    parser.add_argument("--op", choices=sorted({*SPECS, GPTQ} - CPU_ONLY))
     parser.add_argument("--all", action="store_true", help="the small cases of every op too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: list[Compiled] = []
     for arch in map(int, args.arch.split(",")):
         seen: set[str] = set()
-        for name in [args.op] if args.op else [name for name in SPECS if name not in CPU_ONLY]:
-            for made in compile_op(SPECS[name], arch, seen, every=args.all):
+        names = [args.op] if args.op else [*(name for name in SPECS if name not in CPU_ONLY), GPTQ]
+        for name in names:
+            every = compile_gptq(arch) if name == GPTQ else compile_op(SPECS[name], arch, seen, every=args.all)
+            for made in every:
                 found.append(made)
                 print(
                     f"sm_{arch} {made.op:<18}{made.kernel:<18}{made.registers:>4} registers {made.spilled:>5} spilled "

@@ -40,7 +40,7 @@ class WeightArena:
         size = math.prod(shape)
         start = -(-self._used // ALIGNMENT) * ALIGNMENT
         if self.capacity < SMALL_BYTES or start + size > self.capacity:
-            return torch.empty(shape, dtype=torch.uint8)
+            return torch.empty(shape, dtype=torch.uint8, device="cpu")
         if self._block is None:
             self._block = huge_block(self.capacity)
         self._used = start + size
@@ -97,7 +97,7 @@ class WeightArena:
 
 def huge_block(size: int) -> torch.Tensor:
     """Uninitialized uint8 memory that begins on a huge page, and takes no memory until written to."""
-    block = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
+    block = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
     if native.available():
         native.library().advise_huge_pages(block)
     start = -block.data_ptr() % _HUGE_PAGE

@@ -1,4 +1,5 @@
-"""GPTQ's two loops: the scale search against brute force, the column loop against the identity it must fulfil."""
+"""GPTQ's two loops: the scale search against brute force, the column loop against the identity it must fulfil; in plain torch,
+by the kernels of every instruction set, and by Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,14 +10,21 @@ import torch
 
 from llmopt import native
 from llmopt.env import ISA_NAMES
+from llmopt.ops import device
 from llmopt.ops.gptq_round import reference, round_span, search_scales
 
-IMPLEMENTATIONS = ["reference", *([] if not native.available() else ISA_NAMES)]
+IMPLEMENTATIONS = ["reference", "triton", *([] if not native.available() else ISA_NAMES)]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Plain torch, then the kernels on every instruction set of this processor."""
+    if request.param == "triton":
+        if not pytest.importorskip("triton").knobs.runtime.interpret:
+            pytest.skip("TRITON_INTERPRET is not 1")
+        with device.interpreting():
+            yield request.param
+        return
     if request.param == "reference":
         monkeypatch.setattr(native, "available", lambda: False)
         yield request.param
@@ -130,7 +138,7 @@ def test_errors_account_for_every_difference(
     assert (((seen - dequantized).abs() <= 0.5001 * scale[..., None]) | ~inside).all()
 
 
-def test_kernels_and_reference_choose_alike(isa: str) -> None:
+def test_kernels_and_reference_choose_alike(implementation: str) -> None:
     w, u = weights(2, 64, 128, 4), factor(2, 128)
     importance = torch.diagonal(u, dim1=1, dim2=2).pow(-2)
     for symmetric in (True, False):
@@ -182,8 +190,9 @@ def test_views_are_read_right(isa: str) -> None:
     assert torch.equal(codes, expected)
 
 
-@pytest.mark.skipif(not native.available(), reason="no compiled kernels")
-def test_bad_calls_name_the_argument() -> None:
+def test_bad_calls_name_the_argument(implementation: str) -> None:
+    if implementation == "reference":
+        pytest.skip("the reference checks nothing")
     w, ones = weights(2, 5, 32), torch.ones(2, 5)
     for call, named in (
         (lambda: search_scales(w[0], torch.ones(2, 32), bits=4, symmetric=True), "w"),

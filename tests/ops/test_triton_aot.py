@@ -21,3 +21,4 @@ def test_every_kernel_compiles_and_spills_nothing(arch: str, tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "_gemv" in done.stdout
+    assert "_span" in done.stdout

@@ -56,7 +56,7 @@ def test_stand_ins_give_the_originals_back_for_a_while_and_in_the_end() -> None:
 
 def test_drift_is_shrunk_where_tokens_are_few() -> None:
     def drift(tokens: int) -> float:
-        moments = sequential.Moments(50)
+        moments = sequential.Moments(50, torch.device("cpu"))
         moments.add(torch.ones(tokens, 50), 2 * torch.ones(tokens, 50))
         return float(moments.drift()[0, 0])
 

@@ -1,6 +1,6 @@
 """gptq_round: the two loops GPTQ spends its time in, the scale search and the column by column rounding.
 
-Used while quantizing, on the CPU. Without the compiled kernels the reference runs: same results, many times slower.
+Used while quantizing. Without the compiled kernels the reference runs on the CPU: same results, many times slower.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from llmopt import native
+from llmopt.ops.device import implementation
 from llmopt.ops.gptq_round import reference
 
 __all__ = ["round_span", "search_scales"]
@@ -27,11 +28,7 @@ def search_scales(
     Returns:
         ``(scale, zero)``, each ``[b, N]`` float32; scales are float16 values and never 0.
     """
-    if not native.available():
-        return reference.search_scales(w, weight, bits=bits, symmetric=symmetric)
-    scale, zero = torch.empty(w.shape[:2]), torch.empty(w.shape[:2])
-    native.library().gptq_search_scales(w.contiguous(), weight.contiguous(), scale, zero, bits, symmetric)
-    return scale, zero
+    return implementation("gptq_round", _search_on_cpu, w, "search_scales")(w, weight, bits=bits, symmetric=symmetric)
 
 
 def round_span(
@@ -48,6 +45,22 @@ def round_span(
     Returns:
         ``(codes, errors)``, each ``[b, N, s]`` float32; errors are divided by the factor's diagonal.
     """
+    return implementation("gptq_round", _round_on_cpu, w, "round_span")(w, u, scale, zero, bits=bits)
+
+
+def _search_on_cpu(
+    w: torch.Tensor, weight: torch.Tensor, *, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not native.available():
+        return reference.search_scales(w, weight, bits=bits, symmetric=symmetric)
+    scale, zero = torch.empty(w.shape[:2]), torch.empty(w.shape[:2])
+    native.library().gptq_search_scales(w.contiguous(), weight.contiguous(), scale, zero, bits, symmetric)
+    return scale, zero
+
+
+def _round_on_cpu(
+    w: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not native.available():
         return reference.round_span(w, u, scale, zero, bits=bits)
     q, error = torch.empty(w.shape), torch.empty(w.shape)

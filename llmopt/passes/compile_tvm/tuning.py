@@ -29,15 +29,21 @@ _CANNOT = (RuntimeError, ValueError, TypeError, schedules.RefusedScheduleError)
 
 
 @dataclass(slots=True)
-class _Compiled:
+class Candidate:
     """A schedule, compiled."""
 
     schedule: Any
     module: Any
 
-    def us(self, arguments: list[Any], calls: int = _CALLS, repeat: int = 1) -> float:
+    @staticmethod
+    def of(schedule: Any, target: Any) -> Candidate:
+        """Compile a schedule."""
+        function = schedules.function(schedule).with_attr("global_symbol", "main")
+        return Candidate(schedule, tvm.compile(tvm.IRModule({"main": function}), target=target).jit())
+
+    def us(self, arguments: list[Any], repeat: int = 1) -> float:
         """Microseconds a call: the fastest of ``repeat`` averages."""
-        timed = self.module.time_evaluator("main", tvm.cpu(), number=calls, repeat=repeat)
+        timed = self.module.time_evaluator("main", tvm.cpu(), number=_CALLS, repeat=repeat)
         fastest: float = min(timed(*arguments).results)
         return fastest * 1e6
 
@@ -77,8 +83,8 @@ class _Search:
 
     def __init__(self, name: str, kernel: Any, target: Any, before: Record | None) -> None:
         self._name, self._kernel, self._target = name, kernel, target
-        self._arguments = _arguments(kernel)
-        self._default = self._compiled(schedules.default(kernel))
+        self._arguments = one_token(kernel)
+        self._default = Candidate.of(schedules.default(kernel), target)
         self._expected = self._result(self._default)
         self._best = self._default
         self._before = before or Record(name, 0, 0, False, 0.0, 0.0, None)
@@ -115,24 +121,20 @@ class _Search:
         )  # fmt: skip
 
     def _consider(self, schedule: Any) -> None:
-        candidate = self._compiled(schedule)
+        candidate = Candidate.of(schedule, self._target)
         pairs = zip(self._expected, self._result(candidate), strict=True)
         alike = all(np.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
         if alike and candidate.us(self._arguments, repeat=_REPEAT) < self._best.us(self._arguments, repeat=_REPEAT):
             self._best = candidate
 
-    def _compiled(self, schedule: Any) -> _Compiled:
-        function = schedules.function(schedule).with_attr("global_symbol", "main")
-        return _Compiled(schedule, tvm.compile(tvm.IRModule({"main": function}), target=self._target).jit())
-
-    def _result(self, compiled: _Compiled) -> list[np.ndarray[Any, Any]]:
+    def _result(self, candidate: Candidate) -> list[np.ndarray[Any, Any]]:
         """Every argument after a call: kernels write to some of them."""
         arguments = [tvm.runtime.tensor(a.numpy()) for a in self._arguments]
-        compiled.module["main"](*arguments)
+        candidate.module["main"](*arguments)
         return [a.numpy().astype(np.float64) for a in arguments]
 
 
-def _arguments(kernel: Any) -> list[Any]:
+def one_token(kernel: Any) -> list[Any]:
     """Tensors for a kernel, every symbolic size 1: one token, of one sequence, over one slot."""
     draw = np.random.default_rng(0)
     made = []

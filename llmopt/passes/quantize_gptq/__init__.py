@@ -19,7 +19,7 @@ from llmopt import native
 from llmopt.arena import arena_for
 from llmopt.errors import InputError
 from llmopt.models.base import LinearSite, ResolvedLayer, ResolvedModel
-from llmopt.packed import QuantEmbedding, QuantLinear, kernel_group_size
+from llmopt.packed import QuantEmbedding, QuantLinear, kernel_group_size, uses_kernels
 from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
 from llmopt.passes.quantize_gptq import sequential
 from llmopt.passes.quantize_gptq.experts import ExpertsResult, solve_experts
@@ -233,9 +233,9 @@ class _Quantizer:
         check_weight(embedding.weight, Grid(8, True), self.resolved.family.embedding)
         if bits == 8:
             q, scales, _ = round_to_nearest(weight, Grid(8, True), group)
-            solution = Solution(q[None], scales[None], None, torch.zeros(1), 0.0)
+            solution = Solution(q[None], scales[None], None, weight.new_zeros(1), 0.0)
         else:
-            moments = sequential.Moments(weight.shape[1])
+            moments = sequential.Moments(weight.shape[1], weight.device)
             for hidden in inputs.hidden:
                 moments.add(self.resolved.final_norm(hidden))
             solution = solve(
@@ -302,6 +302,6 @@ class _FloatExperts(nn.Module):
 
 
 def _implementation(weights: torch.Tensor) -> str:
-    if weights.device.type != "cpu":
+    if not uses_kernels(weights):
         return "torch, dequantized for every call"
-    return f"cpu kernels ({native.active_isa()})" if native.available() else "torch, dequantized for every call"
+    return f"cpu kernels ({native.active_isa()})" if weights.device.type == "cpu" else "Triton kernels"

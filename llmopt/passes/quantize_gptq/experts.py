@@ -95,7 +95,8 @@ def _share(expert: int, seen: RoutedTokens, min_tokens: int, generator: torch.Ge
     weight = seen.weights[token, choice]
     missing = min(min_tokens, seen.hidden.shape[0]) - len(token)
     if missing > 0:
-        extra = torch.randperm(seen.hidden.shape[0], generator=generator)[:missing]
+        # drawn on the CPU: the same tokens on every device
+        extra = torch.randperm(seen.hidden.shape[0], generator=generator)[:missing].to(token.device)
         token = torch.cat([token, extra])
         weight = torch.cat([weight, seen.weights.mean().expand(missing)])
     return _Share(seen.hidden[token].float(), seen.exact[token].float(), weight[:, None])

@@ -64,7 +64,7 @@ def round_to_nearest(
     for start in range(0, k, size):
         block = flat[..., start : start + size]
         if search:
-            weight = torch.ones(block.shape[0], block.shape[2])
+            weight = torch.ones(block.shape[0], block.shape[2], device=block.device)
             found = search_scales(block, weight, bits=grid.bits, symmetric=grid.symmetric)
             scale, zero = found[0][..., None], found[1][..., None]
         else:

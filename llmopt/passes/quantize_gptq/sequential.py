@@ -78,7 +78,8 @@ def capture_inputs(resolved: ResolvedModel, rows: list[torch.Tensor]) -> BlockIn
     try:
         for start in range(0, len(rows), per_batch):
             try:
-                resolved.model(input_ids=torch.stack(rows[start : start + per_batch]), use_cache=False)
+                batch = torch.stack(rows[start : start + per_batch]).to(resolved.device)
+                resolved.model(input_ids=batch, use_cache=False)
             except _Captured:
                 continue
     finally:
@@ -165,8 +166,8 @@ def _inputs_of(block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs
 class Moments:
     """Means over the calibration tokens of what one linear is given: ``x x^T``, and ``(exact - x) x^T`` (float32)."""
 
-    def __init__(self, size: int) -> None:
-        self._square, self._drift = torch.zeros(size, size), torch.zeros(size, size)
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._square, self._drift = (torch.zeros(size, size, device=device) for _ in range(2))
         self.tokens = 0
 
     def add(self, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
@@ -186,7 +187,7 @@ class Moments:
 
 def stage_moments(paths: Paths, site: LinearSite) -> Moments:
     """Moments of what reaches ``site`` when the calibration runs through its block (up to the site, no further)."""
-    moments = Moments(site.module.in_features)
+    moments = Moments(site.module.in_features, site.module.weight.device)
     for given, exact in paths.reaching(site.parent, site.attr):
         moments.add(given[0], exact[0])
     if moments.tokens == 0:

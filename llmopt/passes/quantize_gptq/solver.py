@@ -94,10 +94,10 @@ def _visiting_order(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
     diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
     batch, k = diagonal.shape
     size = k if group_size == -1 else group_size
-    columns = torch.arange(k)
+    columns = torch.arange(k, device=hessian.device)
     group_of = columns // size
     num_groups = int(group_of[-1]) + 1
-    sums = torch.zeros(batch, num_groups).index_add_(1, group_of, diagonal)
+    sums = torch.zeros(batch, num_groups, device=hessian.device).index_add_(1, group_of, diagonal)
     means = sums / torch.bincount(group_of, minlength=num_groups)
     # stable sorts, the finer key first, leave columns ordered inside groups ordered by importance
     by_column = torch.argsort(diagonal, dim=1, descending=True, stable=True)
@@ -137,12 +137,12 @@ def _round_columns(
     num_groups = -(-k // size)
     importance = torch.diagonal(u, dim1=1, dim2=2).pow(-2)
     q = torch.empty_like(w)
-    scales, zeros = torch.empty(batch, n, num_groups), torch.empty(batch, n, num_groups)
+    scales, zeros = (torch.empty(batch, n, num_groups, device=w.device) for _ in range(2))
     for start, end in _spans(groups, size, k):
         # experts of a batch visit their groups in different orders, and a short last group comes at different places:
         # spans are cut so that within one all members stay inside one group each
         group = groups[:, start]
-        fresh = groups[:, start - 1] != group if start else torch.ones(batch, dtype=torch.bool)
+        fresh = groups[:, start - 1] != group if start else torch.ones_like(group, dtype=torch.bool)
         if fresh.any():
             last = min(start + size, k)
             inside = groups[:, start:last] == group[:, None]

@@ -26,8 +26,9 @@ class SwapFlashAttention(Pass):
     """FlashAttention-2 style attention.
 
     Args:
-        candidates: implementations to choose from by measuring: "llmopt" (our CPU kernel), "sdpa" (torch) and
-            "flash_attn" (the package, on CUDA). None: all that can run here.
+        candidates: implementations to choose from by measuring: "llmopt" (our kernel: C++ on the CPU, Triton on a GPU), "sdpa"
+            (torch's choice), and on CUDA "cudnn" (torch SDPA by cuDNN) and "flash_attn" (the package). None: all that can run
+            here.
         force: run this one without choosing.
     """
 

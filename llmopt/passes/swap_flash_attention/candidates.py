@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from llmopt import native
 from llmopt.errors import PassError
+from llmopt.ops.device import LEAST_CAPABILITY, kernels_for
 from llmopt.passes.swap_flash_attention.forward import CANDIDATES, KERNEL_DTYPES
 from llmopt.passes.swap_flash_attention.masks import Seen
 from llmopt.passes.swap_flash_attention.mla import LatentAttention
@@ -40,15 +40,20 @@ class Choice:
 
 def available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Candidates here: name -> '' or why it cannot run."""
+    wrong = "" if dtype in KERNEL_DTYPES else f"takes float32, bfloat16 and float16, not {dtype}"
     if device.type == "cpu":
-        wrong = "" if dtype in KERNEL_DTYPES else f"takes float32, bfloat16 and float16, not {dtype}"
-        own = wrong if native.available() else "the compiled kernels are not installed"
-        return {"llmopt": own, "sdpa": "", "flash_attn": "runs on CUDA"}
-    if importlib.util.find_spec("flash_attn") is None:
-        package = "the flash-attn package is not installed"
-    else:
-        package = "" if dtype in (torch.bfloat16, torch.float16) else f"takes bfloat16 and float16, not {dtype}"
-    return {"llmopt": "runs on the CPU", "sdpa": "", "flash_attn": package}
+        own = wrong if kernels_for("cpu") else "the compiled kernels are not installed"
+        return {"llmopt": own, "sdpa": "", "cudnn": "runs on CUDA", "flash_attn": "runs on CUDA"}
+    own = (
+        wrong
+        if kernels_for("cuda")
+        else f"needs Triton and GPUs of compute capability {LEAST_CAPABILITY[0]}.0 or later"
+    )
+    half = "" if dtype in (torch.bfloat16, torch.float16) else f"takes bfloat16 and float16, not {dtype}"
+    missing = importlib.util.find_spec("flash_attn") is None
+    package = "the flash-attn package is not installed" if missing else half
+    cudnn = half if torch.backends.cudnn.is_available() else "torch has no cuDNN here"
+    return {"llmopt": own, "sdpa": "", "cudnn": cudnn, "flash_attn": package}
 
 
 class Bench:
@@ -111,7 +116,11 @@ class Bench:
             inputs = self.inputs(queries, keys)
             truth = self.truth(*inputs)
             allowed = 2 * float((self.plain(*inputs).float() - truth).abs().max()) + 1e-5
-            error = float((self.run(name, *inputs).float() - truth).abs().max())
+            try:
+                got = self.run(name, *inputs)
+            except RuntimeError as refused:  # a package that was not made for this GPU, among others
+                return f"does not run at {queries} x {keys}: {(str(refused).splitlines() or [''])[0]}"
+            error = float((got.float() - truth).abs().max())
             if not error <= allowed:
                 return f"wrong by {error:.3g} at {queries} x {keys}, allowed {allowed:.3g}"
         return ""

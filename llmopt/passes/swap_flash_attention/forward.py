@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmopt import native
 from llmopt.errors import InputError
@@ -41,7 +42,7 @@ class Plan:
 def run_llmopt(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scaling: float
 ) -> torch.Tensor:
-    """Our CPU kernel."""
+    """Our kernel: C++ on the CPU, Triton on a GPU."""
     return attention(q, k, v, scale=scaling, **mask_options(seen))
 
 
@@ -87,8 +88,21 @@ def run_flash_attn(
     return out
 
 
+def run_cudnn(
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scaling: float
+) -> torch.Tensor:
+    """torch SDPA that asks cuDNN first; what cuDNN does not take goes to torch's other kernels."""
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        return run_sdpa(module, q, k, v, seen, scaling)
+
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CANDIDATES: dict[str, Candidate] = {"llmopt": run_llmopt, "sdpa": run_sdpa, "flash_attn": run_flash_attn}
+CANDIDATES: dict[str, Candidate] = {
+    "llmopt": run_llmopt, "sdpa": run_sdpa, "cudnn": run_cudnn, "flash_attn": run_flash_attn
+}  # fmt: skip
 
 
 def attention_function(
