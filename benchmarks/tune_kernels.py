@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import tvm
 from tvm.s_tir import Schedule
 
@@ -29,6 +30,7 @@ from llmopt.passes.compile_tvm.tuning import Candidate, one_token, tune
 from llmopt.passes.quantize_gptq.direct import build_quantized
 
 ROUNDS = 31
+TARGET = compiled.target(torch.device("cpu"))
 HEADINGS = ("kernel", "unscheduled us", "default us", "faster by", "tuned us", "faster by", "tried")
 
 
@@ -67,10 +69,10 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     engine = TvmEngine(resolve_model(build_quantized(f"{args.shape}@2")[0]), None)
-    kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size).kernels
-    target = tvm.target.Target(compiled.target())
+    kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size, TARGET).kernels
+    target = tvm.target.Target(TARGET)
     with tempfile.TemporaryDirectory() as folder:
-        records = Records(Path(folder) / "records.json", compiled.target())
+        records = Records(Path(folder) / "records.json", TARGET)
         started = time.perf_counter()
         tune(kernels, records, target, args.budget_s, lambda name, finished: None)
         seconds = time.perf_counter() - started

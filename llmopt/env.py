@@ -4,12 +4,14 @@ LLMOPT_ISA       portable | avx2 | avx512 | amx   force the CPU kernels to one i
 LLMOPT_LIBRARY   path                             load this kernel library instead of the installed one
 LLMOPT_CACHE     path                             where compiled libraries are kept (default: ~/.cache/llmopt)
 
-PYTORCH_ALLOC_CONF, torch's own, is only looked at.
+PYTORCH_ALLOC_CONF, torch's own, is only looked at; TVM_CUDA_COMPILE_MODE, TVM's, is set where it is not and NVRTC is missing.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 from pathlib import Path
 
 from llmopt.errors import InputError
@@ -45,3 +47,22 @@ def cache_folder() -> Path:
 def cuda_allocator_options() -> str | None:
     """PYTORCH_ALLOC_CONF, or PYTORCH_CUDA_ALLOC_CONF: torch's own, given to the process."""
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
+
+
+def tvm_without_cuda_compiler() -> str:
+    """Why TVM cannot compile for a GPU, or ''. It takes NVRTC by itself; where that is missing it is told to take nvcc."""
+    mode = os.environ.get("TVM_CUDA_COMPILE_MODE", "nvrtc").lower()
+    if mode == "nvrtc" and _importable("cuda.bindings.nvrtc"):
+        return ""
+    if shutil.which("nvcc") is None:
+        return "needs NVRTC (pip install cuda-bindings) or nvcc"
+    os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
+    return ""
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except (ImportError, RuntimeError, OSError):  # missing, or without its library
+        return False
+    return True

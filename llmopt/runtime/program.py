@@ -34,7 +34,14 @@ def only_ops() -> bool:
 
 
 class GraphMemory:
-    """Memory that CUDA graphs share, which do not run at once: those of one engine's steps."""
+    """Memory that CUDA graphs share, which do not run at once: those of one engine's steps.
+
+    Args:
+        others_allocate: something else than torch asks the driver for memory while a step is captured, which keeps it.
+    """
+
+    def __init__(self, *, others_allocate: bool = False) -> None:
+        self.others_allocate = others_allocate
 
     @functools.cached_property
     def pool(self) -> Any:
@@ -128,7 +135,8 @@ class GraphProgram:
                 step.to_last_slots()
                 step.make_calls()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=graphs.pool, capture_error_mode="thread_local"):
+            mode = "relaxed" if graphs.others_allocate else "thread_local"
+            with torch.cuda.graph(self._graph, pool=graphs.pool, capture_error_mode=mode):
                 self._keep = step.make_calls()
             for tensor, old in zip(changed, before, strict=True):
                 tensor.copy_(old)

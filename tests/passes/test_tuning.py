@@ -31,13 +31,14 @@ from llmopt.passes.compile_tvm import compiled, schedules, tuning  # noqa: E402
 from llmopt.passes.compile_tvm.engine import TvmEngine  # noqa: E402
 
 TARGET = {"kind": "llvm"}
+HOST = compiled.target(torch.device("cpu"))
 FOUND = Record("k", 3, 9, True, 2.0, 1.0, [[], []])
 
 
 @pytest.fixture(scope="module", params=[f.model_type for f in FAMILIES])
 def lowered(request: Any) -> Any:
     engine = TvmEngine(resolve_model(tiny_model(request.param)), None)
-    return compiled.lower(list(engine.kinds.values()), engine.hidden_size)
+    return compiled.lower(list(engine.kinds.values()), engine.hidden_size, HOST)
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +57,7 @@ def results(kernel: Any, tokens: int) -> list[torch.Tensor]:
         dtype = getattr(torch, str(parameter.dtype))
         floats = torch.randn(shape, generator=draw) if dtype.is_floating_point else torch.zeros(shape)
         made.append(floats.to(dtype))
-    built = tvm.compile(
-        tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target=compiled.target()
-    ).jit()
+    built = tvm.compile(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target=HOST).jit()
     built["main"](*(compiled.as_argument(t) for t in made))
     return made
 
@@ -103,7 +102,7 @@ def test_kernels_are_named_by_what_they_compute() -> None:
     named = []
     for engine in engines:
         for _ in range(2):
-            kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size).kernels
+            kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size, HOST).kernels
             named.append({name: schedules.name_of(kernel) for name, kernel in kernels.items()})
     assert named[0] == named[1]
     assert len(set(named[0].values())) == len(named[0])
@@ -192,7 +191,7 @@ def test_a_damaged_file_is_refused_and_left_alone(text: str, tmp_path: Path) -> 
 def test_a_search_goes_on_where_an_interrupted_one_ended(
     lowered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, where = tmp_path / "records.json", tvm.target.Target(compiled.target())
+    file, where = tmp_path / "records.json", tvm.target.Target(HOST)
     drawn, seeds = schedules.drawn, []
 
     def counted(kernel: Any, seed: int) -> Any:
@@ -222,7 +221,7 @@ def test_a_search_goes_on_where_an_interrupted_one_ended(
 
 def test_the_budget_ends_a_search(lowered: Any, tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
-    records, where = Records(tmp_path / "records.json", TARGET), tvm.target.Target(compiled.target())
+    records, where = Records(tmp_path / "records.json", TARGET), tvm.target.Target(HOST)
     tuning.tune(lowered.kernels, records, where, 1e-6, lambda *said: told.append(said))
     assert len(told) == 1
     tuning.tune(lowered.kernels, records, where, 60, lambda *said: told.append(said))
@@ -241,7 +240,7 @@ def test_what_computes_something_else_is_no_candidate(
 
     monkeypatch.setattr(schedules, "drawn", drawn)
     records = Records(tmp_path / "records.json", TARGET)
-    tuning.tune({"rms_norm": kernel}, records, tvm.target.Target(compiled.target()), 20, lambda *said: None)
+    tuning.tune({"rms_norm": kernel}, records, tvm.target.Target(HOST), 20, lambda *said: None)
     found = records.find(schedules.name_of(kernel))
     assert found is not None
     assert found.us > 0.2 * found.default_us
@@ -283,7 +282,7 @@ def records_of(file: Path) -> dict[str, Any]:
 def chosen(file: Path, model: Any, change: Any) -> None:
     """Write records that give every kernel of a model a schedule."""
     engine = TvmEngine(resolve_model(model), None)
-    kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size).kernels
+    kernels = compiled.lower(list(engine.kinds.values()), engine.hidden_size, HOST).kernels
     optimized(tiny_model("qwen3"), tune_s=1e-6, records=str(file))
     records = Records(file, records_of(file))
     for name, kernel in kernels.items():

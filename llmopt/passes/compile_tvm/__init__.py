@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmopt import native
+from llmopt import env
 from llmopt.errors import InputError, PassError, UnsupportedModelError
+from llmopt.ops.device import kernels_for
 from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class CompileTvm(Pass):
     Args:
         backend: "tvm"; "inductor" (torch.compile; needs a C++ compiler at run time, keeps what it compiled where torch does,
             and compiles anew, for seconds, at the first step of every number of sequences; fuse_kernels' prompt lookup is off
-            then); "auto": both are compiled and timed on this model and machine, the faster is kept; TVM where nothing is
-            measured.
+            then; CPU alone); "auto": both are compiled and timed on this model and machine, the faster is kept; TVM where
+            nothing is measured. On a GPU TVM's step is timed beside a CUDA graph of the same step without it, and left for that
+            if it is not faster.
         cache: keep TVM's libraries on disk and use those that are there (``llmopt cache``).
         tune_s: seconds to search for faster schedules of TVM's kernels; 0: none. What is found is kept as it is found, also
             where the search is interrupted, and used from then on with any ``tune_s``; the next search goes on from there.
@@ -63,13 +65,16 @@ class CompileTvm(Pass):
             raise InputError("tune_s, records: schedules are TVM's, got backend='inductor'")
 
     def check(self, ctx: PassContext) -> Verdict:
-        if ctx.device.type != "cpu":
-            return Verdict(False, f"compiles for the CPU, the model is on {ctx.device.type}")
+        if ctx.device.type not in ("cpu", "cuda"):
+            return Verdict(False, f"compiles for CPUs and NVIDIA GPUs, the model is on {ctx.device.type}")
         reason = "" if self.backend == "inductor" else _without_tvm()
+        reason = reason or (self._without_gpu() if ctx.device.type == "cuda" else "")
         if reason:
             return Verdict(False, reason)
-        if not native.available():
-            return Verdict(False, "needs the compiled kernels")
+        if not kernels_for(ctx.device.type):
+            return Verdict(
+                False, "needs the compiled kernels" if ctx.device.type == "cpu" else "needs Triton and newer GPUs"
+            )
         from llmopt.runtime.engine import Engine
 
         try:
@@ -77,6 +82,14 @@ class CompileTvm(Pass):
         except UnsupportedModelError as error:
             return Verdict(False, str(error))
         return Verdict(True)
+
+    def _without_gpu(self) -> str:
+        """Why a GPU cannot be served, or ''."""
+        if self.backend == "inductor":
+            return "backend='inductor' is for the CPU"
+        if self.tune_s or self.records:
+            return "schedules are tuned for the CPU alone"
+        return env.tvm_without_cuda_compiler()
 
     def apply(self, ctx: PassContext) -> Applied:
         from llmopt.passes.compile_tvm.current import Current
@@ -107,7 +120,7 @@ class CompileTvm(Pass):
             generation.lookup = under.lookup if under and guesses else None
             generation.lookup_counts = under.lookup_counts if under and guesses else dict.fromkeys(COUNTS, 0)
 
-        names = {"tvm": "compiled by TVM, recorded", "inductor": "compiled by Inductor"}
+        names = {"tvm": "compiled by TVM, recorded", "inductor": "compiled by Inductor", "graph": "a CUDA graph"}
         runs = {"decode step": names[current.backend], "prefill": "as before"}
         coverage = Coverage(touched=len(ctx.resolved.layers), implementations=runs)
         details["said"] = _said(details, fused=before is not None)
@@ -126,6 +139,11 @@ class CompileTvm(Pass):
         if not ctx.trials:
             return details, {}
         details["verified"] = verify(ctx, engine)
+        if ctx.device.type == "cuda":
+            if ctx.timed:
+                details["graph"] = trial.against_graph(ctx, current)
+                details["backend"] = current.backend
+            return details, {}
         if self.backend != "auto" or not ctx.timed:
             return details, {}
         ctx.emit(Event("progress", self.name, "torch.compile on the same step"))
@@ -156,18 +174,24 @@ def _said(details: dict[str, Any], *, fused: bool) -> list[str]:
         cost = f"{details['compile_s']:.2g} s, {details['cache']}"
         said.append(f"TVM: {details['kinds']} kinds of parts, {kernels}{left}; {cost}")
         said += _said_of_schedules(details)
+    if "graph" in details:
+        taken = "" if details["backend"] == "tvm" else "; the graph alone is used"
+        said.append(f"a CUDA graph of the step without TVM takes {_times(details['graph'])} of the time{taken}")
     rival = details.get("inductor", {})
     if "failed" in rival:
         said.append(f"Inductor failed: {rival['failed']}")
     elif rival:
-        ratio = rival["ratio"]
-        figures = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        said.append(f"Inductor: {rival['compile_s']:.2g} s; its step takes {figures} of the time of TVM's")
+        said.append(f"Inductor: {rival['compile_s']:.2g} s; its step takes {_times(rival)} of the time of TVM's")
     if "verified" in details:
         found = details["verified"]
         agree = f"{found['agree']} of {found['tokens']} decoded tokens"
         said.append(f"{agree} as without it, mean KL {max(found['mean_kl'], 0.0):.2g} nats")
     return said
+
+
+def _times(compared: dict[str, Any]) -> str:
+    ratio = compared["ratio"]
+    return f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def _said_of_schedules(details: dict[str, Any]) -> list[str]:

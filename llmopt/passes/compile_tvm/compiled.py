@@ -6,7 +6,7 @@ import functools
 import platform
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,29 @@ class Built:
     kernels: tuple[str, ...]
 
 
-def target() -> dict[str, Any]:
-    """TVM's target: of x86 processors what the kernels' instruction set stands for, no more: a virtual machine may lack what
-    its processor's name promises."""
+def target(device: torch.device) -> dict[str, Any]:
+    """TVM's target for a device."""
+    if device.type == "cpu":
+        return _host()
+    major, minor = torch.cuda.get_device_capability(device)
+    return cuda_target(10 * major + minor)
+
+
+def cuda_target(capability: int) -> dict[str, Any]:
+    """TVM's target for GPUs of a compute capability: 90 for 9.0."""
+    limits = {"max_threads_per_block": 1024, "max_shared_memory_per_block": 48 << 10, "thread_warp_size": 32}
+    return {"kind": "cuda", "arch": f"sm_{capability}", **limits, "host": _host()}
+
+
+def _host() -> dict[str, Any]:
+    """Of x86 processors what the kernels' instruction set stands for, no more: a virtual machine may lack what its processor's
+    name promises."""
     from tvm.target import codegen
 
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"kind": "llvm", "mcpu": str(codegen.llvm_get_system_cpu())}
-    return {"kind": "llvm", "mcpu": "x86-64", "mattr": _FEATURES[native.active_isa()], "fast-math-reassoc": True}
+    isa = native.active_isa() if native.available() else "portable"
+    return {"kind": "llvm", "mcpu": "x86-64", "mattr": _FEATURES[isa], "fast-math-reassoc": True}
 
 
 @contextmanager
@@ -74,30 +89,32 @@ class Lowered:
 
     Attributes:
         mod: TVM's module.
-        kernels: the generated kernels (PrimFuncs) by name, not scheduled yet.
+        kernels: the generated kernels (PrimFuncs) by name; for the CPU not scheduled yet, for a GPU by dlight's rules.
+        target: as :func:`target` gives it.
     """
 
     mod: Any
     kernels: dict[str, Any]
+    target: dict[str, Any]
 
 
-def lower(parts: list[Part], hidden_size: int) -> Lowered:
+def lower(parts: list[Part], hidden_size: int, target: dict[str, Any]) -> Lowered:
     """Export and import parts, and fuse what lies between calls of ops.
 
     Args:
         parts: of different signatures.
         hidden_size: H.
+        target: as :func:`target` gives it.
     """
     import tvm
     from tvm import relax
-    from tvm.relax.backend.cpu_generic import pipeline
 
     functions = {}
     for i, part in enumerate(parts):
         args, free = part.example(hidden_size)
         name = f"part_{i}"
         functions[relax.GlobalVar(name)] = imported(part, args, free).with_attr("global_symbol", name)
-    where = tvm.target.Target(target())
+    where, pipeline = tvm.target.Target(target), _pipeline(target)
     passes = [
         relax.transform.FastMathTransform(),
         *pipeline.legalize_passes(where),
@@ -105,11 +122,11 @@ def lower(parts: list[Part], hidden_size: int) -> Lowered:
         # reshapes that have become views
         relax.transform.DeadCodeElimination([var.name_hint for var in functions]),
     ]
-    with tvm.transform.PassContext():
+    with where, tvm.transform.PassContext():
         mod = tvm.transform.Sequential(passes)(tvm.IRModule(functions))
     # what comes later are functions that compute sizes, which the machine must call
     kernels = {var.name_hint: f for var, f in mod.functions.items() if isinstance(f, tvm.tirx.PrimFunc)}
-    return Lowered(mod, dict(sorted(kernels.items())))
+    return Lowered(mod, dict(sorted(kernels.items())), target)
 
 
 def build(lowered: Lowered, chosen: dict[str, list[Any]]) -> Built:
@@ -124,20 +141,25 @@ def build(lowered: Lowered, chosen: dict[str, list[Any]]) -> Built:
     """
     import tvm
     from tvm import relax
-    from tvm.relax.backend.cpu_generic import pipeline
 
     from llmopt.passes.compile_tvm import schedules
 
     mod = lowered.mod.clone()
-    for name, kernel in lowered.kernels.items():
+    for name, kernel in lowered.kernels.items() if lowered.target["kind"] == "llvm" else ():
         key = schedules.name_of(kernel)
         schedule = schedules.replayed(kernel, chosen[key]) if key in chosen else schedules.default(kernel)
         mod[name] = schedules.function(schedule)
-    where = tvm.target.Target(target())
-    with tvm.transform.PassContext():
-        finish = tvm.transform.Sequential(pipeline.finalize_passes(where))
+    where = tvm.target.Target(lowered.target)
+    with where, tvm.transform.PassContext():
+        finish = tvm.transform.Sequential(_pipeline(lowered.target).finalize_passes(where))
         executable = relax.build(mod, where, relax_pipeline=finish)
     return Built(executable, tuple(lowered.kernels))
+
+
+def _pipeline(target: dict[str, Any]) -> Any:
+    from tvm.relax.backend import cpu_generic, cuda
+
+    return (cpu_generic if target["kind"] == "llvm" else cuda).pipeline
 
 
 def export(built: Built, file: Path) -> None:
@@ -174,11 +196,11 @@ class Machine:
     """Calls compiled parts while a program is recorded on this thread.
 
     TVM's virtual machine allocates what a part needs and calls what it is made of, in order. Ops of ours are recorded as they
-    are everywhere; generated kernels are recorded here, in place of being called. A recorded step then runs without the
-    machine. One caller at a time.
+    are everywhere; on the CPU generated kernels are recorded here, in place of being called, on a GPU they are launched and
+    captured. A recorded step then runs without the machine. One caller at a time.
     """
 
-    def __init__(self, built: Built) -> None:
+    def __init__(self, built: Built, device: torch.device) -> None:
         import tvm
         import tvm_ffi
 
@@ -186,8 +208,11 @@ class Machine:
         self.kernels = frozenset(built.kernels)
         module = built.module.jit() if hasattr(built.module, "jit") else built.module
         # what a step uses lives as long as the step: a pool would only keep it longer
-        self._machine = tvm.relax.VirtualMachine(module, tvm.cpu(), memory_cfg="naive")
-        self._machine.set_instrument(tvm_ffi.convert(_instrument(self.kernels)))
+        self._device = device
+        where = [tvm.cpu()] if device.type == "cpu" else [tvm.cuda(device.index or 0), tvm.cpu()]
+        self._machine = tvm.relax.VirtualMachine(module, where, memory_cfg="naive")
+        instrument = _recording(self.kernels) if device.type == "cpu" else _launching(self.kernels)
+        self._machine.set_instrument(tvm_ffi.convert(instrument))
         self._lock = threading.Lock()
 
     def call(self, name: str, *args: Any) -> Any:
@@ -201,7 +226,10 @@ class Machine:
     @contextmanager
     def asked(self) -> Iterator[Recording]:
         """For one caller at a time; gives what must be kept as long as what is recorded."""
-        with self._lock:
+        import tvm_ffi
+
+        on_stream = tvm_ffi.use_torch_stream() if self._device.type == "cuda" else nullcontext()
+        with self._lock, on_stream:
             CURRENT.recording = Recording(shared=not self.kernels)
             try:
                 yield CURRENT.recording
@@ -209,7 +237,7 @@ class Machine:
                 CURRENT.recording = None
 
 
-def _instrument(kernels: frozenset[str]) -> Callable[..., int]:
+def _recording(kernels: frozenset[str]) -> Callable[..., int]:
     # no method: the machine would hold itself, out of sight of the collector
     def on_call(function: Any, name: str, before: bool, _result: Any, *args: Any) -> int:
         if not before:
@@ -221,6 +249,17 @@ def _instrument(kernels: frozenset[str]) -> Callable[..., int]:
             return _NO_OP
         # it would run now and never again
         raise PassError(f"compile_tvm: a part calls {name}, which cannot be recorded")
+
+    return on_call
+
+
+def _launching(kernels: frozenset[str]) -> Callable[..., int]:
+    def on_call(_function: Any, name: str, before: bool, _result: Any, *args: Any) -> int:
+        if before and name in kernels:
+            # a graph holds addresses: what only kernels pass on to each other would be freed behind them
+            assert CURRENT.recording is not None
+            CURRENT.recording.keep(args)
+        return _NO_OP
 
     return on_call
 

@@ -32,7 +32,7 @@ class Current:
 
     Args:
         resolved: the model.
-        backend: "tvm" or "inductor".
+        backend: "tvm", "inductor", or "graph": nothing is compiled, the step is a CUDA graph of what TVM would be given.
         on_disk: look for TVM's libraries there, and keep new ones.
         tune_s: seconds to search for faster schedules of a step's kernels before it is first compiled.
         records: the file of schedules; None: one for each step, in the user's cache folder.
@@ -89,8 +89,8 @@ class Current:
 
     def make(self, backend: str) -> StepEngine:
         """A new engine for the modules as they are now, not compiled yet."""
-        kind = InductorEngine if backend == "inductor" else TvmEngine
-        return kind(self._resolved, self._under.engine() if self._under else None)
+        kinds: dict[str, type[StepEngine]] = {"tvm": TvmEngine, "inductor": InductorEngine, "graph": StepEngine}
+        return kinds[backend](self._resolved, self._under.engine() if self._under else None)
 
     def _prepare(self, engine: StepEngine, emit: Callable[[Event], None]) -> None:
         if not isinstance(engine, TvmEngine):
@@ -126,7 +126,7 @@ class Current:
                     _keep(cache, made_from, built)
             except (OSError, RefusedEntryError) as error:
                 self.facts["cache"] = f"not kept: {error}"
-        return Machine(built or kernels.build())
+        return Machine(built or kernels.build(), self._resolved.device)
 
     def _found(self, cache: Cache, made_from: dict[str, Any]) -> Machine | None:
         try:
@@ -134,7 +134,7 @@ class Current:
             if entry is None:
                 self.facts["cache"] = "built"
                 return None
-            machine = Machine(Built(load(entry.library), entry.kernels))
+            machine = Machine(Built(load(entry.library), entry.kernels), self._resolved.device)
         except (OSError, RefusedEntryError) as error:
             self.facts["cache"] = f"built anew: {error}"
             return None
@@ -160,8 +160,7 @@ def _sources() -> str:
     files = [*Path(__file__).parent.glob("*.py"), *runtime.glob("*.py"), *ops.glob("*/__init__.py")]
     texts = [file.read_bytes() for file in sorted(files)]
     library = native.library_path()
-    assert library is not None
-    return hashlib.sha256(b"\0".join([*texts, library.read_bytes()])).hexdigest()
+    return hashlib.sha256(b"\0".join([*texts, library.read_bytes() if library else b""])).hexdigest()
 
 
 def _made_from(engine: TvmEngine) -> dict[str, Any]:
@@ -169,8 +168,8 @@ def _made_from(engine: TvmEngine) -> dict[str, Any]:
     return {
         "parts": list(engine.kinds),
         "hidden_size": engine.hidden_size,
-        "target": target(),
-        "isa": native.active_isa(),
+        "target": target(engine.device),
+        "isa": native.active_isa() if native.available() else "",
         "machine": platform.machine(),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "llmopt": llmopt.__version__,

@@ -17,6 +17,7 @@ from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.masks import rope_positions
+from llmopt.runtime.program import GraphMemory
 
 # generated kernels read whole vectors of this size
 _ALIGNMENT = 64
@@ -33,8 +34,9 @@ class StepEngine(Engine):
     """
 
     def __init__(self, resolved: ResolvedModel, fused: Engine | None) -> None:
-        options = (fused.screened, fused.kv_dtype, fused.pooled) if fused else (False, None, False)
-        super().__init__(resolved, *options)
+        screened, kv_dtype, pooled = (fused.screened, fused.kv_dtype, fused.pooled) if fused else (False, None, False)
+        # on a GPU always a graph: otherwise the virtual machine would be asked for every token
+        super().__init__(resolved, screened, kv_dtype, pooled or resolved.device.type == "cuda")
         self.fused = fused is not None
         self._model: Any = resolved.model
         self.run = _fused if self.fused else plain.run
@@ -100,6 +102,7 @@ class TvmEngine(StepEngine):
         self.tensors = [[as_argument(t) for t in tensors] for tensors in given]
         self._addresses = [{t.data_ptr() for t in tensors} for tensors in given]
         self.machine: Machine | None = None
+        self._graphs = GraphMemory(others_allocate=True)
 
     def decode(self, ids: torch.Tensor, h: torch.Tensor, ctx: Context) -> torch.Tensor:
         assert self.machine is not None

@@ -59,6 +59,10 @@ class Recording:
         self._own.add(tensor.data_ptr())
         return tensor
 
+    def keep(self, tensors: Any) -> None:
+        """Tensors that a generated kernel is given."""
+        self._tensors.extend(tensors)
+
     def kept(self) -> list[Any]:
         """All that must be kept."""
         return [*self._tensors, *self._places.values()]

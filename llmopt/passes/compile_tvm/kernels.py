@@ -36,7 +36,7 @@ class StepKernels:
 
     def __init__(self, engine: TvmEngine, file: Path | None) -> None:
         self._engine = engine
-        made_for = {"target": target(), "apache-tvm": importlib.metadata.version("apache-tvm")}
+        made_for = {"target": target(engine.device), "apache-tvm": importlib.metadata.version("apache-tvm")}
         self.step = key_of({**made_for, "parts": list(engine.kinds), "hidden_size": engine.hidden_size})
         where = file or folder() / f"{self.step}.json"
         self.facts: dict[str, Any] = {}
@@ -53,7 +53,7 @@ class StepKernels:
     def lowered(self) -> Lowered:
         """The step in TVM's terms, its kernels without schedules."""
         with compiling():
-            return lower(list(self._engine.kinds.values()), self._engine.hidden_size)
+            return lower(list(self._engine.kinds.values()), self._engine.hidden_size, target(self._engine.device))
 
     def chosen(self) -> dict[str, list[Any]]:
         """Schedules that beat the default one, by kernel."""
@@ -102,7 +102,7 @@ class StepKernels:
 
             from llmopt.passes.compile_tvm import schedules, tuning
 
-            tuning.tune(kernels, self._records, tvm.target.Target(target()), budget_s, on_kernel)
+            tuning.tune(kernels, self._records, tvm.target.Target(self.lowered.target), budget_s, on_kernel)
             found = {name: self._records.find(schedules.name_of(f)) for name, f in kernels.items()}
         faster = {name: r.default_us / r.us for name, r in found.items() if r is not None and r.schedule is not None}
         self.facts["records"] = str(self._records.file)

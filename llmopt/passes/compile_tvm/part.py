@@ -82,7 +82,7 @@ class Place:
 
     def example(self) -> tuple[list[torch.Tensor], list[dict[int, Any]]]:
         """A place as :func:`place_of` gives it, and which of its sizes are free."""
-        rows = [torch.zeros(_TOKENS, dtype=torch.int32) for _ in range(3)]
+        rows = [torch.zeros(_TOKENS, dtype=torch.int32, device=self.cache.start.device) for _ in range(3)]
         cache = self.cache.tensors()
         slots = 1 if self.cache.latent else 2
         free = [*[{0: _T}] * 3, *[{0: _P}] * 2, {0: _S}, *[{0: _S, slots: _C}] * len(cache)]
@@ -135,4 +135,5 @@ class Part(nn.Module):
         """Arguments of :meth:`forward` to export it with, and which of their sizes are free."""
         tensors = tensors_of(self.block)
         place, free = ([], []) if self.place is None else self.place.example()
-        return (torch.empty(_TOKENS, hidden_size), tensors, place), ({0: _T}, [None] * len(tensors), free)
+        h = torch.empty(_TOKENS, hidden_size, device=tensors[0].device)
+        return (h, tensors, place), ({0: _T}, [None] * len(tensors), free)

@@ -42,13 +42,13 @@ def gqa(block: GqaBlock, h: torch.Tensor, ctx: Context) -> torch.Tensor:
         q, k = _norm(q, block.q_norm, block.head_eps), _norm(k, block.k_norm, block.head_eps)
     cos, sin = (table.index_select(0, rows.position)[:, None] for table in (ctx.rope.cos, ctx.rope.sin))
     q, k = (_rotated(x, cos, sin, ctx.rope.interleaved) for x in (q, k))
-    query = torch.empty(tokens, block.heads, block.head_dim, dtype=ctx.cache.query_dtype)
+    query = torch.empty(tokens, block.heads, block.head_dim, dtype=ctx.cache.query_dtype, device=h.device)
     # rotated already: the op only writes to the cache, and brings the query into the cache's dtype
     rope_cache(
         torch.cat([q, k, v], 1).view(tokens, -1), query, keys, values, cos=None, sin=None, position=None,
         seq=rows.seq, slot=rows.slot, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    out = torch.empty(tokens, block.heads * block.head_dim, dtype=query.dtype)
+    out = torch.empty(tokens, block.heads * block.head_dim, dtype=query.dtype, device=h.device)
     cache_attention(
         query, keys, values, out, seq=rows.seq, slot=rows.slot, start=ctx.cache.start, scale=block.scale,
         k_scale=k_scale, v_scale=v_scale,
@@ -109,7 +109,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _products(x: torch.Tensor, weights: tuple[Weight, ...]) -> torch.Tensor:
     """Linears of one input, side by side."""
-    out = torch.empty(x.shape[0], sum(w.rows for w in weights))
+    out = torch.empty(x.shape[0], sum(w.rows for w in weights), device=x.device)
     fused_linear(x, weights, out)
     return out
 

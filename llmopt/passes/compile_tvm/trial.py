@@ -36,14 +36,21 @@ class StepTimer:
             tensor.zero_()
         cache.length = depth
         self._step = DecodeStep(engine, cache, greedy=True)
+        self._device = engine.device
 
     def ms_per_token(self) -> float:
         """Milliseconds a token of one turn."""
-        self._step.start(torch.tensor([self._depth]))
+        self._step.start(torch.tensor([self._depth], device=self._device))
+        self._wait()
         started = time.perf_counter()
         for _ in range(self._tokens):
             self._step.run()
+        self._wait()
         return (time.perf_counter() - started) / self._tokens * 1e3
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 @torch.no_grad()
@@ -74,6 +81,23 @@ def compare(engines: dict[str, Engine], depth: int) -> dict[str, Any]:
         "rounds": len(first),
         "depth": depth,
     }
+
+
+def against_graph(ctx: PassContext, current: Current) -> dict[str, Any]:
+    """Time the step as a CUDA graph with and without TVM's kernels, and let ``current`` have the graph alone unless they win.
+
+    Args:
+        ctx: of the pass, whose patch is off.
+        current: whose engine is TVM's; the graph's after this where TVM's is not faster beyond noise.
+
+    Returns:
+        What :func:`compare` gives; the ratio: the graph's time to that with TVM.
+    """
+    rival = current.make("graph")
+    found = compare({"tvm": current.get(), "graph": rival}, ctx.prompt_tokens)
+    if not found["ratio"]["low"] > 1:
+        current.adopt(rival, "graph")
+    return found
 
 
 def against_inductor(ctx: PassContext, current: Current) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def verify(ctx: PassContext, engine: Engine, tokens: int = _TOKENS) -> dict[str,
     model: Any = ctx.model
     generator = torch.Generator().manual_seed(ctx.seed)
     drawn = torch.randint(0, ctx.resolved.vocab_size, (_PROMPT,), generator=generator)
-    prompt = (ctx.calibration[0] if ctx.calibration else drawn)[:_PROMPT][None]
+    prompt = (ctx.calibration[0] if ctx.calibration else drawn)[:_PROMPT][None].to(ctx.device)
     mask = torch.ones_like(prompt)
     out = model.generate(
         prompt, attention_mask=mask, max_new_tokens=tokens + 1, min_new_tokens=tokens + 1, do_sample=False, num_beams=1,
