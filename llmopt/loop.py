@@ -197,6 +197,8 @@ class _Run:
         started = time.perf_counter()
         if self.resolved.device.type == "cpu" and not native.available():
             self.notes.append(_say_no_kernels())
+        for rows in (self.calibration, self.held_out):
+            rows[:] = [row.to(self.resolved.device) for row in rows]
         receipt = Receipt(self.resolved, self.stages, self.emit, self.random, self.baseline)
         ctx = PassContext(
             self.resolved, self.resolved.device, self.emit, calibration=self.calibration,

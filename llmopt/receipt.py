@@ -83,7 +83,7 @@ class Receipt:
             decode_tokens=self.plan.decode_tokens, min_rounds=_LADDER_ROUNDS,
             budget_s=_LADDER_BUDGET_S * (2 if full else 1),
         )  # fmt: skip
-        meter = ceilings.usable_meter()
+        meter = ceilings.meter_for(self.resolved.device)
         samples = timing.interleaved(
             ladder, prompt(plan.prompt_tokens), plan, every_round=meter.measure_round if meter else None,
             on_round=lambda done, most: self.emit(Event("progress", "receipt", "timing all stages", done, most)),

@@ -245,8 +245,7 @@ def _layers_note(subject: _Subject, first: _Subject) -> list[str]:
 def _time(
     subjects: list[_Subject], ids: torch.Tensor, plan: timing.Plan, emit: Callable[[Event], None]
 ) -> tuple[dict[str, timing.Samples], Ceilings | None]:
-    # the ceilings are the processor's
-    meter = ceilings.usable_meter() if ids.device.type == "cpu" else None
+    meter = ceilings.meter_for(ids.device)
     with meter or nullcontext():
         samples = timing.interleaved(
             {s.name: _show(s.model) for s in subjects}, ids, plan,

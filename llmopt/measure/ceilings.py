@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+import torch
+
 from llmopt import native
 from llmopt.errors import InputError, LlmoptError, NativeLibraryError
 from llmopt.measure import environment, memory
@@ -171,6 +173,15 @@ class CeilingMeter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def meter_for(device: torch.device) -> CeilingMeter | None:
+    """A meter for the device that a model runs on; None where none can measure it."""
+    if device.type == "cuda":
+        from llmopt.measure.gpu_ceilings import GpuMeter
+
+        return GpuMeter(device)
+    return usable_meter() if device.type == "cpu" else None
 
 
 def usable_meter() -> CeilingMeter | None:

@@ -306,7 +306,7 @@ class _Loop:
             self.length += 1
             done = finish.after(tokens, self.length, tuple(self.scores) or None)
             if streamer is not None:
-                streamer.put(tokens)
+                streamer.put(tokens.cpu())  # as transformers does: a streamer reads them
             if done:
                 break
             logits = self._decode(tokens)
