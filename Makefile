@@ -44,7 +44,7 @@ peers: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.peers $(if $(IK_BENCH),--ik-bench "$(IK_BENCH)") $(ARGS)
 
 # everything that runs on an NVIDIA GPU, checked and then timed; with the python that has torch for CUDA (GPU_PYTHON), for
-# .venv has the CPU build. ARGS goes to benchmarks/gpu_check.py: --quick, --interpret
+# .venv has the CPU build. ARGS goes to benchmarks/gpu_check: --quick, --interpret
 GPU_PYTHON ?= $(PYTHON)
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)

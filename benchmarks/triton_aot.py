@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from llmopt.ops import SPECS, device
@@ -82,6 +84,12 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
         return compiled
 
     triton.runtime.driver.set_active(_Driver(arch))
+    # what is in memory was compiled for another kind of GPU
+    for kept in gc.get_objects():
+        if type(kept) is JITFunction:
+            kept.device_caches.clear()
+        elif type(kept) is Autotuner:
+            kept.cache.clear()
     JITFunction.run, device._interpreting = run, True
     empty = torch.empty
     torch.empty = torch.zeros  # kernels write nothing: what torch reads must be in range

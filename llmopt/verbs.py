@@ -78,20 +78,24 @@ def save(
     )  # fmt: skip
 
 
-def load(directory: str | Path, *, passes: Sequence[str | Pass] | Literal["saved"] | None = "saved") -> Any:
+def load(
+    directory: str | Path, *, passes: Sequence[str | Pass] | Literal["saved"] | None = "saved",
+    device: str | torch.device = "cpu",
+) -> Any:  # fmt: skip
     """Read a checkpoint: ours, GPTQ ones by AutoGPTQ or GPTQModel, or a plain one. Local files only.
 
     Args:
         directory: holds config.json and safetensors.
         passes: "saved" applies again, unmeasured, what llmopt.json records (int4 weights are in the file already);
             a sequence applies those; None applies nothing.
+        device: where the weights go, tensor by tensor; packed ones are the same bytes on a GPU.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
     """
     from llmopt import checkpoint
 
-    model = checkpoint.load(directory)
+    model = checkpoint.load(directory, device=device)
     recorded = checkpoint.recorded_passes(directory) if passes == "saved" else passes
     again = [p for p in choose_recorded(recorded) if not p.needs_calibration]
     if again:

@@ -283,7 +283,8 @@ def ceilings_line(report: Report | Comparison) -> str:
         ("bf16", ceilings.bf16_tflops, "TFLOP/s"),
     )
     parts = [f"{name} {fmt.interval(value)} {unit}" for name, value, unit in named if value is not None]
-    return f"{', '.join(parts)}; {ceilings.threads} threads" if parts else ""
+    where = f"{ceilings.threads} threads" if ceilings.threads else ceilings.isa  # a GPU's name
+    return f"{', '.join(parts)}; {where}" if parts else ""
 
 
 def quality_lines(quality: Quality | None) -> list[str]:

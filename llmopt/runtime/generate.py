@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from llmopt.runtime.ahead import AHEAD, Ahead
 from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
+from llmopt.runtime.finish import Finish, only_delays_end
 from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup, Speculation
 from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.step import DecodeStep
@@ -278,6 +280,9 @@ class _Loop:
         self.speculation: Speculation | None = None
         # greedy choice of the last logits, where a step has made it
         self.choice: torch.Tensor | None = None
+        # steps run ahead of this loop, which has the tokens on the CPU then
+        self.ahead: Ahead | None = None
+        self.device = input_ids.device
 
     @torch.no_grad()
     def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
@@ -289,12 +294,16 @@ class _Loop:
         buffer[:, : self.prompt] = self.ids
         self.ids = buffer
         logits = self.engine.prefill(self.ids[:, : self.prompt], self.mask, self.cache)
-        self.plain = not config.do_sample and not config.return_dict_in_generate and _only_delays_end(processors)
+        self.plain = not config.do_sample and not config.return_dict_in_generate and only_delays_end(processors)
         self.step = self._step(limit)
         if self.lookup is not None:
             known = self.ids[0, : self.prompt].tolist()
             self.speculation = Speculation(self.engine, self.step, self.lookup, known, self.counts)
-        finish = _Finish(criteria, config, buffer)
+        finish = Finish(criteria, config, buffer)
+        if self._may_run_ahead(finish):
+            self.choice, self.ids = logits.argmax(-1).cpu(), buffer.cpu()
+            finish = Finish(criteria, config, self.ids)
+            self.ahead = Ahead(self.step, self.choice)
         while True:
             tokens = (logits.argmax(-1) if self.choice is None else self.choice) if self.plain else None
             if tokens is None or (len(processors) and finish.holds_end(tokens)):
@@ -315,6 +324,10 @@ class _Loop:
         self.cache.step = None
         return self._result()
 
+    def _may_run_ahead(self, finish: Finish) -> bool:
+        """True where nobody needs a token before the step after it can begin, and the device runs by itself."""
+        return self.plain and self.device.type in AHEAD and self.speculation is None and finish.looks_at_tokens_alone
+
     def _step(self, limit: int) -> DecodeStep:
         self.cache.reserve(min(limit, self.prompt + 4096) + 1)
         step: DecodeStep | None = getattr(self.cache, "step", None)
@@ -326,11 +339,13 @@ class _Loop:
     def _choose(self, logits: torch.Tensor, processors: Any) -> torch.Tensor:
         config = self.config
         keep = config.return_dict_in_generate
-        if self.choice is not None:
+        if self.ahead is not None:
+            logits = self._run_again(logits)
+        elif self.choice is not None:
             (self.step if self.speculation is None else self.speculation.last).complete()
         raw = logits if self.choice is None else logits.clone()  # a step's are gone with the next one
         scores: torch.Tensor = processors(
-            self.ids[:, : self.length], raw.clone() if keep and config.output_logits else raw
+            self.ids[:, : self.length].to(raw.device), raw.clone() if keep and config.output_logits else raw
         )
         if keep and config.output_scores:
             self.scores.append(scores)
@@ -338,7 +353,24 @@ class _Loop:
             self.logits.append(raw)
         if config.do_sample:
             return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        return scores.argmax(-1)
+        if self.ahead is None:
+            return scores.argmax(-1)
+        tokens = scores.argmax(-1).cpu()
+        self.step.start(self.cache.length - self.cache.start)
+        self.ahead = Ahead(self.step, tokens)
+        return tokens
+
+    def _run_again(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits that the next token is chosen from, which steps that ran ahead have overwritten."""
+        if self.length == self.prompt:
+            return logits
+        self.cache.length = self.length - 1
+        self.step.start(self.cache.length - self.cache.start)
+        self.step.ids.copy_(self.ids[:, self.length - 1])
+        self.step.run()
+        self.step.complete()
+        self.cache.length = self.length
+        return self.step.logits
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
         cache = self.cache
@@ -347,7 +379,13 @@ class _Loop:
             self.step = self._step(self.length)
             if self.speculation is not None:
                 self.speculation.moved_to(self.step)
-        if self.speculation is not None:
+            if self.ahead is not None:
+                self.ahead = Ahead(self.step, tokens)
+        if self.ahead is not None:
+            logits = self.step.logits
+            # the last token of all is not decoded any further
+            self.choice = self.ahead.next(max(1, min(cache.capacity, self.ids.shape[1] - 1) - self.length + 1))
+        elif self.speculation is not None:
             room = min(cache.capacity, self.ids.shape[1] - 1) - self.length
             logits, self.choice = self.speculation.decode(tokens, room)
         else:
@@ -359,7 +397,7 @@ class _Loop:
         return logits
 
     def _result(self) -> Any:
-        ids = self.ids[:, : self.length].clone()
+        ids = self.ids[:, : self.length].to(self.device, copy=True)
         if not self.config.return_dict_in_generate:
             return ids
         from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -368,49 +406,3 @@ class _Loop:
             sequences=ids, scores=tuple(self.scores) if self.config.output_scores else None,
             logits=tuple(self.logits) if self.config.output_logits else None, **{CACHE: self.cache},
         )  # fmt: skip
-
-
-def _only_delays_end(processors: Any) -> bool:
-    """True when all that the processors may do is to forbid the end token for a while (``min_new_tokens``)."""
-    from transformers.generation.logits_process import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
-
-    return all(type(p) in (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor) for p in processors)
-
-
-class _Finish:
-    """Which sequences are done. The end token and the longest length are looked at here, other criteria are called."""
-
-    def __init__(self, criteria: Any, config: Any, ids: torch.Tensor) -> None:
-        from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
-
-        self.ids = ids
-        self._lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        self._ends = {int(t) for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.reshape(-1)}
-        self._others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        self._pads = any(hasattr(c, "eos_token_id") for c in criteria)
-        self._pad = config._pad_token_tensor
-        self._done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        self._any_done = False
-
-    def holds_end(self, tokens: torch.Tensor) -> bool:
-        """True when an end token is among them."""
-        return not self._ends.isdisjoint(tokens.tolist())
-
-    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Sequences that are done continue with padding."""
-        if not self._any_done or not self._pads:
-            return tokens
-        return torch.where(self._done, self._pad, tokens)
-
-    def after(self, tokens: torch.Tensor, length: int, scores: Any) -> bool:
-        """True when every sequence is done."""
-        ended = [i for i, token in enumerate(tokens.tolist()) if token in self._ends] if self._ends else []
-        if ended:
-            self._done[ended] = True
-            self._any_done = True
-        if any(length >= most for most in self._lengths):
-            return True
-        for criterion in self._others:
-            self._done |= criterion(self.ids[:, :length], scores)
-            self._any_done = True
-        return self._any_done and bool(self._done.all())

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check.answers import CPU_ONLY, FAMILY_COSINE
 from llmopt.ops import SPECS
 
 triton = pytest.importorskip("triton")
@@ -26,8 +27,10 @@ def test_everything_is_right_and_written_down(
         gpu_check.main()
     assert ended.value.code == 0
     found = json.loads((tmp_path / "a.json").read_text())
-    assert set(found["steps"]["ops"]) == set(SPECS) - gpu_check.CPU_ONLY
-    assert found["steps"]["families"]["qwen3"] > gpu_check.FAMILY_COSINE
+    assert set(found["steps"]["ops"]) == set(SPECS) - CPU_ONLY
+    assert found["steps"]["families"]["qwen3"] > FAMILY_COSINE
+    assert set(found["steps"]["passes"]) == {"ernie4_5, swap_flash_attention", "ernie4_5, fuse_kernels"}
+    assert all(float(least) > FAMILY_COSINE for least in found["steps"]["passes"].values())
     assert found["left_out"] == []
     assert "Right: " in (tmp_path / "a.md").read_text()
     assert "Least cosine of int4 logits" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_check import CPU_ONLY, tolerance
+from benchmarks.gpu_check.answers import CPU_ONLY, tolerance
 from llmopt.ops import SPECS, device
 from llmopt.ops.fused_linear import Weight, fused_linear, reference
 from llmopt.ops.fused_linear.spec import weight_data

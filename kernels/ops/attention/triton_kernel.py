@@ -6,6 +6,9 @@ a mask of the caller's are masked. Scores are powers of two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,24 +20,35 @@ _LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def _load(pointers, keys, columns, KEYS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of keys or values; what does not need a mask has none, which saves registers."""
+    if KEYS and COLUMNS:
+        return tl.load(pointers, mask=keys & columns, other=0.0)
+    if KEYS:
+        return tl.load(pointers, mask=keys, other=0.0)
+    if COLUMNS:
+        return tl.load(pointers, mask=columns, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
 def _blocks(
     low, high, query, query_rope, k, v, k_rope, key_mask, mask, m, total, acc, i, offset, scale, queries, keys, k_row,
     v_row, rope_row, mask_row, mask_col, dim, v_dim, rope, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     KEY_MASK: tl.constexpr, MASK: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, PRECISE: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys from ``low`` to below ``high``; ``MASKED``: some of their keys are not seen by some query."""
+    """Blocks of keys from ``low`` to below ``high``; ``MASKED``: some of their keys are not seen by some query; ``ODD``: heads
+    are narrower than their blocks."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for at in range(low, high, BLOCK_N):
         j = at + tl.arange(0, BLOCK_N)
         here = j < keys
-        block = tl.load(k + j[None, :] * k_row + d[:, None], mask=here[None, :] & (d < dim)[:, None], other=0.0)
+        block = _load(k + j[None, :] * k_row + d[:, None], here[None, :], (d < dim)[:, None], MASKED, ODD)
         scores = scored(query, block, scale, PRECISE)
         if ROPE:
             r = tl.arange(0, BLOCK_R)
-            turned = tl.load(
-                k_rope + j[None, :] * rope_row + r[:, None], mask=here[None, :] & (r < rope)[:, None], other=0.0
-            )
+            turned = _load(k_rope + j[None, :] * rope_row + r[:, None], here[None, :], (r < rope)[:, None], MASKED, ODD)
             scores += scored(query_rope, turned, scale, PRECISE)
         reached = here
         if MASKED:
@@ -58,7 +72,7 @@ def _blocks(
             scores = tl.where(seen, scores, float("-inf"))
             # a value that no query of the program sees must not count, even as zero times NaN
             reached = tl.max(seen.to(tl.int32), 0) != 0
-        values = tl.load(v + j[:, None] * v_row + dv[None, :], mask=reached[:, None] & (dv < v_dim)[None, :], other=0.0)
+        values = _load(v + j[:, None] * v_row + dv[None, :], reached[:, None], (dv < v_dim)[None, :], MASKED, ODD)
         m, total, acc = further(scores, values, 1.0, m, total, acc, PRECISE)
     return m, total, acc
 
@@ -69,7 +83,7 @@ def _attention(
     window, q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, qr_b, qr_h, qr_row, kr_b, kr_h, kr_row, km_b, m_b, m_h,
     m_row, m_col, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, KEY_MASK: tl.constexpr, MASK: tl.constexpr,
     ROPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISE: tl.constexpr, ODD: tl.constexpr,
 ):  # fmt: skip
     batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -107,16 +121,54 @@ def _attention(
         m, total, acc = _blocks(
             low, plain, query, query_rope, k, v, k_rope, key_mask, mask, m, total, acc, i, offset, scale, queries, keys,
             k_row, v_row, kr_row, m_row, m_col, dim, v_dim, rope, window, CAUSAL, WINDOW, KEY_MASK, MASK, ROPE, False,
-            BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_R, PRECISE,
+            BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_R, PRECISE, ODD,
         )  # fmt: skip
     m, total, acc = _blocks(
         plain, end, query, query_rope, k, v, k_rope, key_mask, mask, m, total, acc, i, offset, scale, queries, keys,
         k_row, v_row, kr_row, m_row, m_col, dim, v_dim, rope, window, CAUSAL, WINDOW, KEY_MASK, MASK, ROPE, True,
-        BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_R, PRECISE,
+        BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_R, PRECISE, ODD,
     )  # fmt: skip
     total = tl.where(total == 0, 1.0, total)
     at = ((batch * queries + i) * heads + head)[:, None] * v_dim + dv[None, :]
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=valid[:, None] & (dv < v_dim)[None, :])
+
+
+def _timed(call: Callable[[], object], quantiles: list[float]) -> Any:
+    if torch.cuda.is_available():
+        return triton.testing.do_bench(call, quantiles=quantiles)
+    call()  # compiled ahead of time, or interpreted
+    return [1.0] * len(quantiles)
+
+
+def _fitting(configs: list[triton.Config], named: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """Blocks that spill no registers, by benchmarks/triton_aot.py: of GPUs Hopper has the most room."""
+    if triton.knobs.runtime.interpret:
+        return configs[-1:]
+    arch = triton.runtime.driver.active.get_current_target().arch
+    wide, parted = max(named["dim"], named["v_dim"]) > 128, named["rope"] > 0
+    if arch < 90:
+        most = 64 * 32 if wide else 64 * 64
+    elif arch == 90:
+        most = 128 * 64 if wide or parted else 128 * 128
+    else:
+        most = 64 * 64 if wide or parted else 128 * 64
+    return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] <= most]
+
+
+# for many queries; chosen by time for each kind of head and mask, when first met
+_tuned = triton.autotune(
+    [
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
+    ],
+    key=["dim", "v_dim", "rope", "CAUSAL", "WINDOW", "KEY_MASK", "MASK"],
+    prune_configs_by={"early_config_prune": _fitting},
+    do_bench=_timed,
+)(_attention)
+_MANY_QUERIES = 512
 
 
 def _strides(x: torch.Tensor | None, count: int) -> list[int]:
@@ -138,19 +190,25 @@ def run(
     key_mask, mask = (None if x is None else x.to(torch.uint8) for x in (key_mask, mask))
     m_b, m_h, m_row, m_col = [0] * 4 if mask is None else mask.expand(batch, heads, -1, -1).stride()
     block_d, block_v = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    block_r = max(16, triton.next_power_of_2(rope))
     precise = q.dtype == torch.float32
     widest = max(block_d, block_v)
-    block_n = 16 if precise or widest > 256 else 32 if widest + rope >= 128 else 64
-    most = 16 if precise or widest > 256 else 64
-    block_m = max(16, min(most, triton.next_power_of_2(queries)))
+    tuned = queries >= _MANY_QUERIES and not precise and widest <= 256
+    kernel, blocks = _tuned, dict[str, int]()
+    if not tuned:
+        block_n = 16 if precise or widest > 256 else 32 if widest + rope >= 128 else 64
+        most = 16 if precise or widest > 256 else 64
+        block_m = max(16, min(most, triton.next_power_of_2(queries)))
+        kernel, blocks = _attention, {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8 if widest > 256 else 4,
+                                      "num_stages": 2}  # fmt: skip
     given = [q if x is None else x for x in (q_rope, k_rope, key_mask, mask)]
-    _attention[(batch * heads, triton.cdiv(queries, block_m))](
+    kernel[lambda meta: (batch * heads, triton.cdiv(queries, meta["BLOCK_M"]))](
         q, k, v, *given, out, scale * _LOG2E, heads, heads // k.shape[1], heads // (1 if k_rope is None else k_rope.shape[1]),
         queries, keys, dim, v_dim, rope, window or 0, *_strides(q, 3), *_strides(k, 3), *_strides(v, 3),
         *_strides(q_rope, 3), *_strides(k_rope, 3), *_strides(key_mask, 1), m_b, m_h, m_row, m_col,
-        causal, window is not None, key_mask is not None, mask is not None, q_rope is not None, block_m, block_n,
-        block_d, block_v, max(16, triton.next_power_of_2(rope)), precise,
-        num_warps=8 if widest > 256 else 4, num_stages=2,
+        causal, window is not None, key_mask is not None, mask is not None, q_rope is not None, BLOCK_D=block_d,
+        BLOCK_V=block_v, BLOCK_R=block_r, PRECISE=precise, ODD=(dim, v_dim, rope or block_r) != (block_d, block_v, block_r),
+        **blocks,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,185 @@
+"""Right answers: ops beside their references, families through the engine, passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from benchmarks.gpu_check.run import Run, WrongAnswerError
+
+FAMILY_COSINE = 0.995  # int4 linears at 16-bit activations beside the same weights dequantized
+PASS_COSINE = 0.8  # int4 weights of a small model with random ones, beside the weights themselves
+# what Triton's interpreter can stand in for: compiled steps and pooled ones are recorded
+NOT_COMPILED = ("swap_flash_attention", "fuse_kernels")
+# relative to the largest value: what is rounded to these between two products of a kernel (attention's weights, activations)
+ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 0.0}
+# tokens are rounded to float16 in place of 8 bits
+PRODUCTS = {"int4_linear", "int8_linear", "int4_experts", "fused_linear", "moe", "latent_cache", "latent_output"}
+# without a kernel of their own on a GPU: the screened head pays where bytes of the head are most of a token
+CPU_ONLY = {"screened_head"}
+
+
+def check_ops(run: Run) -> dict[str, int]:
+    """Every case of every op that has a kernel: how many were right."""
+    from llmopt.ops import SPECS
+    from llmopt.ops.int4_linear.reference import sixteen_bit_tokens
+
+    right: dict[str, int] = {}
+    for name, spec in SPECS.items():
+        if name in CPU_ONLY:
+            continue
+        for case in spec.cases:
+            if case.real and (run.interpret or run.quick):
+                continue
+            dtypes = case.params.get("dtypes", spec.tolerance)
+            for dtype in dtypes if not run.interpret else list(dtypes)[:1]:
+                inputs = spec.make_inputs(type(case)(case.name, {**case.params, "dtype": dtype}, case.real), 1)
+                if run.interpret and spec.flops(**inputs) > 100_000:
+                    continue
+                with sixteen_bit_tokens():
+                    expected = spec.reference(**inputs)
+                with run.kernels():
+                    got = spec.run(**tree_map(lambda x: _to(x, run.device), inputs)).to(expected.device)
+                _compare(f"{name}, {case.name}, {dtype}", got, expected, *tolerance(spec, dtype, expected))
+                right[name] = right.get(name, 0) + 1
+    return right
+
+
+def _to(x: Any, device: torch.device) -> Any:
+    from llmopt.ops.fused_linear import Weight
+
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if isinstance(x, Weight):
+        bias = None if x.bias is None else x.bias.to(device)
+        return Weight(x.data.to(device), x.rows, x.cols, x.bits, x.group_size, x.asymmetric, bias)
+    return x
+
+
+def tolerance(spec: Any, dtype: torch.dtype, expected: torch.Tensor) -> tuple[float, float]:
+    """``(rtol, atol)`` of a Triton kernel beside its op's reference."""
+    rtol, atol = spec.tolerance[dtype]
+    size = float(expected.float().abs().max()) if expected.numel() else 0.0
+    product = spec.name in PRODUCTS
+    return max(rtol, 4e-3 if product else 0.0), max(atol, ROUNDED[dtype] * size, 2e-3 * size if product else 0.0)
+
+
+def _compare(what: str, got: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:
+    try:
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+    except AssertionError as error:
+        raise WrongAnswerError(f"{what}: {error}") from None
+
+
+def check_families(run: Run) -> dict[str, float]:
+    """Every family's small model, int4: the least cosine of logits beside the same weights dequantized, over prefill, decode
+    by launches, and decode with pool_memory (a CUDA graph)."""
+    import llmopt
+    from llmopt.models import FAMILIES
+    from llmopt.models.shapes import tiny_model
+
+    found = {}
+    for family in ["qwen3"] if run.interpret else [f.model_type for f in FAMILIES]:
+        dtype = torch.float32 if run.interpret else torch.bfloat16
+        model = tiny_model(family, dtype=dtype)
+        rows = torch.randint(5, 500, (2, 32), generator=torch.Generator().manual_seed(0))
+        llmopt.optimize(model, ["quantize_gptq"], calibration=rows, measure=False)
+        model.to(run.device)
+        ids = rows[:1, : 6 if run.interpret else 12].to(run.device)
+        expected = dequantized_logits(model, ids)
+        least = 1.0
+        with run.kernels():
+            for pooled in (False, True):
+                got = decoded_logits(model, ids, prompt=4, pooled=pooled)
+                cosine = torch.nn.functional.cosine_similarity(got.float(), expected[:, 3:].float(), dim=-1)
+                # NaN is no larger than anything
+                if not bool((cosine > FAMILY_COSINE).all()):
+                    how = "pooled" if pooled else "launched"
+                    raise WrongAnswerError(f"{family}, {how}: cosines {cosine.tolist()}, expected {FAMILY_COSINE}")
+                least = min(least, float(cosine.min()))
+        found[family] = least
+    return found
+
+
+def check_passes(run: Run) -> dict[str, str]:
+    """Every pass on every family's small model: the least cosine of its logits, of the prompt and of tokens decoded one by one,
+    with those before; or why it does not apply. Undone, the model is the one before, bit by bit."""
+    from llmopt.models import FAMILIES, resolve_model
+    from llmopt.models.shapes import tiny_model
+    from llmopt.passes import PASSES
+    from llmopt.passes.base import PassContext
+
+    found = {}
+    rows = torch.randint(5, 500, (4, 24), generator=torch.Generator().manual_seed(0))
+    for family in ["ernie4_5"] if run.interpret else [f.model_type for f in FAMILIES]:
+        dtype = torch.float32 if run.interpret else torch.bfloat16
+        resolved = resolve_model(tiny_model(family, dtype=dtype).to(run.device))
+        ids = rows[:1, : 6 if run.interpret else 24].to(run.device)
+        before = forced_logits(resolved.model, ids)
+        for name in PASSES if not run.interpret else NOT_COMPILED:
+            item = PASSES[name]()
+            context = PassContext(
+                resolved, resolved.device, lambda event: None, calibration=list(rows[1:].to(run.device)), timed=False
+            )
+            verdict = item.check(context)
+            if not verdict.applies:
+                found[f"{family}, {name}"] = f"does not apply: {verdict.reason}"
+                continue
+            with run.kernels():
+                patch = item.apply(context).patch
+                patch.enable()
+                got = forced_logits(resolved.model, ids)
+                patch.disable()
+            cosine = torch.nn.functional.cosine_similarity(got, before, dim=-1)
+            least = PASS_COSINE if name == "quantize_gptq" else FAMILY_COSINE
+            if not bool((cosine > least).all()):
+                raise WrongAnswerError(f"{family}, {name}: cosines {cosine.tolist()}, expected {least}")
+            if not torch.equal(forced_logits(resolved.model, ids), before):
+                raise WrongAnswerError(f"{family}, {name}: undone, the logits are others than before")
+            found[f"{family}, {name}"] = f"{float(cosine.min()):.4f}"
+    return found
+
+
+def forced_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of ``ids`` [1, T] in one go, and of each token after the first two by ``generate``: ``[2 T - 2, V]`` float32."""
+    whole = model(ids).logits[0]
+
+    def forced(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = ids[0, _ids.shape[1]]
+        return torch.full_like(scores, float("-inf")).index_fill_(1, token[None], 0.0)
+
+    out = model.generate(
+        ids[:, :2], attention_mask=torch.ones_like(ids[:, :2]), max_new_tokens=ids.shape[1] - 2, do_sample=False,
+        logits_processor=[forced], output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return torch.cat([whole, *out.logits]).float()
+
+
+def dequantized_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """By torch alone, each weight dequantized: ``[1, T, V]``."""
+    from unittest import mock
+
+    with mock.patch("llmopt.packed.uses_kernels", return_value=False):
+        logits: torch.Tensor = model(ids).logits
+        return logits
+
+
+def decoded_logits(model: Any, ids: torch.Tensor, *, prompt: int, pooled: bool) -> torch.Tensor:
+    """By the engine: ``prompt`` tokens at once, then one by one; ``[1, T - prompt + 1, V]``."""
+    from llmopt.models import resolve_model
+    from llmopt.runtime.engine import Engine
+    from llmopt.runtime.step import DecodeStep
+
+    engine = Engine(resolve_model(model), pooled=pooled)
+    cache = engine.new_cache(1, ids.shape[1] + 2)
+    logits = [engine.prefill(ids[:, :prompt], None, cache)]
+    step = DecodeStep(engine, cache)
+    step.start(cache.length - cache.start)
+    for i in range(prompt, ids.shape[1]):
+        step.ids.copy_(ids[:, i])
+        step.run()
+        cache.length += 1
+        logits.append(step.logits.clone())
+    return torch.stack(logits, 1)

@@ -1,0 +1,81 @@
+"""Greedy decoding that does not wait for the GPU: steps are launched before the tokens of the steps before have been read.
+
+A step chooses its next tokens on the device and goes on from them, so the host is not needed to begin another. It reads tokens
+some steps later, through pinned memory and on a stream of their own, and finds out then that a sequence has ended: what was
+launched beyond is not used, and its places in the cache are written again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from llmopt.runtime.step import DecodeStep
+
+# kinds of devices that run while the host goes on
+AHEAD = {"cuda"}
+# steps launched and not read yet: what the host does for one token may take as long as so many steps less one
+MOST_IN_FLIGHT = 4
+
+
+class Ahead:
+    """Runs a step ahead of who reads its tokens.
+
+    Args:
+        step: placed behind the tokens that its cache holds; its program is launched by nobody else meanwhile.
+        tokens: ``[S]`` int64 on the CPU, to decode next.
+    """
+
+    def __init__(self, step: DecodeStep, tokens: torch.Tensor) -> None:
+        self._step = step
+        step.ids.copy_(tokens)
+        self._ring = _Ring(step.ids, MOST_IN_FLIGHT)
+        self._flying: deque[int] = deque()
+        self._launched = 0
+
+    def next(self, most: int) -> torch.Tensor:
+        """The tokens that follow, ``[S]`` int64 on the CPU.
+
+        Args:
+            most: steps that there is room for from the first one not read yet, at least 1.
+        """
+        while len(self._flying) < min(MOST_IN_FLIGHT, most):
+            self._step.run()
+            place = self._launched % MOST_IN_FLIGHT
+            self._ring.put(place, self._step.ids)
+            self._flying.append(place)
+            self._launched += 1
+        return self._ring.get(self._flying.popleft())
+
+
+class _Ring:
+    """Copies of a small tensor on their way to the host, each in a place of its own."""
+
+    def __init__(self, like: torch.Tensor, places: int) -> None:
+        self._kept = torch.empty(places, *like.shape, dtype=like.dtype, device=like.device)
+        if not like.is_cuda:
+            return
+        self._host = torch.empty(self._kept.shape, dtype=like.dtype, pin_memory=True)
+        self._side = torch.cuda.Stream(like.device)
+        self._kept.record_stream(self._side)
+        self._made, self._there = ([torch.cuda.Event() for _ in range(places)] for _ in range(2))
+
+    def put(self, place: int, value: torch.Tensor) -> None:
+        """Send a copy; what was in that place has been got."""
+        self._kept[place].copy_(value)
+        if not value.is_cuda:
+            return
+        # the next step does not wait for the copy to the host
+        self._made[place].record(torch.cuda.current_stream(value.device))
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(self._made[place])
+            self._host[place].copy_(self._kept[place], non_blocking=True)
+            self._there[place].record(self._side)
+
+    def get(self, place: int) -> torch.Tensor:
+        """That copy, when it has arrived, on the CPU."""
+        if not self._kept.is_cuda:
+            return self._kept[place].clone()
+        self._there[place].synchronize()
+        return self._host[place].clone()

@@ -1,0 +1,164 @@
+"""Decoding ahead of the tokens that are read: the same tokens as one by one, wherever a call ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import llmopt
+from llmopt import native
+from llmopt.passes import FuseKernels
+from llmopt.runtime import ahead as ahead_module
+from llmopt.runtime import generate as generate_module
+from llmopt.runtime.step import DecodeStep
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+
+
+class Seen:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Decode ahead on the CPU too; counts steps that are run."""
+    monkeypatch.setattr(ahead_module, "AHEAD", {"cuda", "cpu"})
+    monkeypatch.setattr(generate_module, "AHEAD", {"cuda", "cpu"})
+    ran: list[int] = []
+    run = DecodeStep.run
+
+    def counted(step: DecodeStep) -> None:
+        ran.append(len(step.ids))
+        run(step)
+
+    monkeypatch.setattr(DecodeStep, "run", counted)
+    return ran
+
+
+def fused(tiny: Any, family: str, **options: Any) -> Any:
+    model = tiny(family, torch.float32)
+    llmopt.optimize(model, passes=[FuseKernels(**options)], measure=False)
+    return model
+
+
+def both(model: Any, monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+    """Tokens of a call one by one, and ahead; each with what its streamer was given."""
+    found = []
+    for devices in ({"cuda"}, {"cuda", "cpu"}):
+        monkeypatch.setattr(generate_module, "AHEAD", devices)
+        streamer = Seen() if len(ids) == 1 else None
+        out = model.generate(ids, do_sample=False, pad_token_id=0, streamer=streamer, **options)
+        found.append((out.tolist(), streamer and (streamer.tokens, streamer.ended)))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "ernie4_5_moe", "deepseek_v3"])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_tokens_are_those_of_decoding_one_by_one(
+    family: str, sequences: int, tiny: Any, token_rows: Any, steps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = fused(tiny, family), token_rows(sequences, 9)
+    for count in (1, 2, 3, 7, 40):
+        want, got = both(model, monkeypatch, ids, max_new_tokens=count, eos_token_id=None)
+        assert got == want
+        assert len(got[0][0]) == 9 + count
+
+
+def test_no_step_is_run_beyond_the_last_token(tiny: Any, token_rows: Any, steps: list[int]) -> None:
+    model, ids = fused(tiny, "qwen3"), token_rows(1, 9)
+    for count in (1, 2, 5, 30):
+        steps.clear()
+        model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert len(steps) == count - 1
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_sequences_end_where_they_end_one_by_one(
+    sequences: int, tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = fused(tiny, "qwen3"), token_rows(sequences, 9)
+    mask = torch.ones_like(ids)
+    mask[-1, : 3 if sequences > 1 else 0] = 0
+    free = model.generate(
+        ids, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    for at in (0, 1, 4, 17):
+        end = int(free[0, 9 + at])
+        others = [int(row[9 + at + i]) for i, row in enumerate(free[1:])]
+        for ends in ([end], [end, *others]):
+            want, got = both(model, monkeypatch, ids, attention_mask=mask, max_new_tokens=30, eos_token_id=ends)
+            assert got == want
+    steps.clear()
+    model.generate(
+        ids, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=[end, *others]
+    )
+    assert len(steps) < 29
+
+
+def test_an_end_token_that_is_forbidden_is_chosen_anew(
+    tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sequences in (1, 3):
+        model, ids = fused(tiny, "qwen3"), token_rows(sequences, 9)
+        free = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
+        for at in (0, 1, 6):
+            options = {"eos_token_id": int(free[0, 9 + at]), "min_new_tokens": 12, "max_new_tokens": 20}
+            want, got = both(model, monkeypatch, ids, **options)
+            assert got == want
+            assert got[0][0][9 + at] != free[0, 9 + at]
+
+
+def test_the_cache_holds_what_it_holds_one_by_one(
+    tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = fused(tiny, "qwen3", kv_dtype="int8"), token_rows(1, 9)
+    end = int(model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)[0, -3])
+    for _ in range(2):
+        # again on the cache that was kept, where steps beyond the end have written
+        want, got = both(model, monkeypatch, ids, max_new_tokens=30, eos_token_id=end)
+        assert got == want
+        longer = torch.cat([torch.tensor(got[0]), token_rows(1, 5, seed=8)], 1)
+        want, got = both(model, monkeypatch, longer, max_new_tokens=12, eos_token_id=None)
+        assert got == want
+
+
+def test_a_cache_that_grows_meanwhile(
+    tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = fused(tiny, "qwen3"), token_rows(1, 9)
+    reserve = generate_module._Loop._step
+    # as where a call may be longer than what is reserved for it
+    monkeypatch.setattr(generate_module._Loop, "_step", lambda loop, limit: reserve(loop, min(limit, loop.length + 6)))
+    want, got = both(model, monkeypatch, ids, max_new_tokens=40, eos_token_id=None)
+    assert got == want
+
+
+def test_whoever_needs_tokens_at_once_gets_them_one_by_one(
+    tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    model, ids = fused(tiny, "qwen3"), token_rows(1, 9)
+    monkeypatch.setattr(generate_module, "Ahead", lambda *args: pytest.fail("it must not run ahead"))
+
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    for options in (
+        {"stopping_criteria": StoppingCriteriaList([Never()])}, {"do_sample": True}, {"repetition_penalty": 1.3},
+        {"return_dict_in_generate": True, "output_logits": True}, {"prompt_lookup_num_tokens": 3},
+    ):  # fmt: skip
+        model.generate(ids, max_new_tokens=6, pad_token_id=0, eos_token_id=None, **options)
