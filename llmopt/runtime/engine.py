@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.linear import linears
 from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.moe import MoeBlock
-from llmopt.runtime.program import GraphMemory, Recorded, recorded
+from llmopt.runtime.pools import GraphMemory, pool_of_its_own
+from llmopt.runtime.program import Recorded, recorded
 from llmopt.runtime.rows import Rows
 from llmopt.runtime.weights import norm_of, weight_of
 
@@ -78,7 +80,8 @@ class Engine:
 
     def new_cache(self, sequences: int, capacity: int) -> KVCache:
         """An empty cache for this model."""
-        return KVCache(sequences, capacity=capacity, **self.cache_options())
+        with pool_of_its_own(self.device) if self.pooled else nullcontext():
+            return KVCache(sequences, capacity=capacity, **self.cache_options())
 
     def cache_options(self) -> dict[str, Any]:
         """What every cache of this model is made with."""

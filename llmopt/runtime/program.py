@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 
 from llmopt import native
 from llmopt.ops.device import by_triton
+from llmopt.runtime.pools import GraphMemory
 
 if TYPE_CHECKING:
     from llmopt.runtime.step import DecodeStep
@@ -31,22 +31,6 @@ class Recorded(Protocol):
 def only_ops() -> bool:
     """True where nothing of torch's may stand in for an op: a program is recorded on this thread, or a graph is traced."""
     return torch.compiler.is_compiling() or (native.available() and bool(native.library().recording()))
-
-
-class GraphMemory:
-    """Memory that CUDA graphs share, which do not run at once: those of one engine's steps.
-
-    Args:
-        others_allocate: something else than torch asks the driver for memory while a step is captured, which keeps it.
-    """
-
-    def __init__(self, *, others_allocate: bool = False) -> None:
-        self.others_allocate = others_allocate
-
-    @functools.cached_property
-    def pool(self) -> Any:
-        """As ``torch.cuda.graph`` takes it."""
-        return torch.cuda.graph_pool_handle()
 
 
 def recorded(step: DecodeStep, graphs: GraphMemory | None) -> Recorded:

@@ -188,3 +188,28 @@ def test_a_graph_is_captured_behind_the_filled_slots_and_leaves_all_as_it_was(
     monkeypatch.setattr(FakeGraph, "captured", calls)
     made.run(2)
     assert step.rows.slot.tolist() == [7, 7]
+
+
+def test_a_pooled_cache_has_a_pool_of_its_own_and_a_plain_one_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import contextmanager
+
+    from llmopt.runtime import pools
+
+    taken: list[Any] = []
+
+    @contextmanager
+    def use(pool: Any, device: Any) -> Iterator[None]:
+        taken.append((pool, device))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    resolved = resolve_model(tiny("qwen3", torch.float32))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(engine_module, "pool_of_its_own", lambda device: pools.pool_of_its_own(gpu))
+    for pooled in (False, True, True):
+        Engine(resolved, pooled=pooled).new_cache(1, 8)
+    assert [device for _, device in taken] == [gpu, gpu]
+    assert taken[0][0] is not taken[1][0]
+    with pools.pool_of_its_own(torch.device("cpu")):
+        assert len(taken) == 2

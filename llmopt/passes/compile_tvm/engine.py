@@ -17,7 +17,7 @@ from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.masks import rope_positions
-from llmopt.runtime.program import GraphMemory
+from llmopt.runtime.pools import GraphMemory
 
 # generated kernels read whole vectors of this size
 _ALIGNMENT = 64

@@ -1,29 +1,12 @@
-"""CUDA's caching allocator: a pool for weights, and its options while they can still be set."""
+"""Options of CUDA's caching allocator, while they can still be set."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from llmopt import env
 
 _OPTIONS = "expandable_segments:True"
-
-
-@functools.cache
-def _pool(device: torch.device) -> Any:
-    return torch.cuda.MemPool()
-
-
-@contextmanager
-def in_pool(device: torch.device) -> Iterator[None]:
-    """Meanwhile this thread allocates from a pool of its own: blocks that stay do not lie between blocks that go."""
-    with torch.cuda.use_mem_pool(_pool(device), device):
-        yield
 
 
 def set_options(device: torch.device) -> str:

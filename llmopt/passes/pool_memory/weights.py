@@ -7,6 +7,7 @@ from torch import nn
 
 from llmopt.arena import ALIGNMENT, SMALL_BYTES, huge_block
 from llmopt.passes.base import Swap
+from llmopt.runtime.pools import pool_of_its_own
 
 
 def planned(model: nn.Module) -> list[nn.Parameter]:
@@ -40,7 +41,5 @@ def moved(parameters: list[nn.Parameter], device: torch.device, model: nn.Module
 def _block(size: int, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return huge_block(size)
-    from llmopt.passes.pool_memory.cuda import in_pool
-
-    with in_pool(device):
+    with pool_of_its_own(device):
         return torch.empty(size, dtype=torch.uint8, device=device)
