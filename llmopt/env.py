@@ -51,10 +51,10 @@ def cuda_allocator_options() -> str | None:
 
 def tvm_without_cuda_compiler() -> str:
     """Why TVM cannot compile for a GPU, or ''. It takes NVRTC by itself; where that is missing it is told to take nvcc."""
-    mode = os.environ.get("TVM_CUDA_COMPILE_MODE", "nvrtc").lower()
-    if mode == "nvrtc" and _importable("cuda.bindings.nvrtc"):
+    given = os.environ.get("TVM_CUDA_COMPILE_MODE", "").lower()
+    if given != "nvcc" and _importable("cuda.bindings.nvrtc"):
         return ""
-    if shutil.which("nvcc") is None:
+    if given == "nvrtc" or shutil.which("nvcc") is None:
         return "needs NVRTC (pip install cuda-bindings) or nvcc"
     os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
     return ""

@@ -5,9 +5,9 @@
 
 In this order, and not a step further than the first wrong answer: every op against its reference, every family's small model
 through the engine (launched, and as a CUDA graph) against the model itself, every pass on every family (applied, or why not;
-logits; undone bit by bit), kernels against the ceilings measured beside them, what swap_flash_attention chooses from, and
-decoding on published shapes with random weights, eager bfloat16 beside. Exits with 1 where an answer is wrong, a step fails, or
-answers could not be checked. Steps that no time is left for are named.
+logits; undone bit by bit), tokens decoded ahead of the host against those one by one, kernels against the ceilings measured
+beside them, what swap_flash_attention chooses from, and decoding on published shapes with random weights, eager bfloat16 too.
+Exits with 1 where an answer is wrong, a step fails, or answers could not be checked. Steps that no time is left for are named.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.answers import check_families, check_ops, check_passes
+from benchmarks.gpu_check.answers import check_ahead, check_families, check_gptq, check_ops, check_passes
 from benchmarks.gpu_check.run import Run, WrongAnswerError
 from benchmarks.gpu_check.times import SHAPES, ceilings, time_attention, time_candidates, time_linears, time_shape
+
+ANSWERS = {"ops", "gptq", "families", "passes", "ahead"}
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
@@ -32,6 +34,10 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     steps = found["steps"]
     if "ops" in steps:
         yield f"Right: {sum(steps['ops'].values())} cases of {len(steps['ops'])} ops."
+    if "gptq" in steps:
+        yield f"GPTQ's loops: {steps['gptq']} cases right."
+    if "ahead" in steps:
+        yield f"Decoded ahead of the host: {steps['ahead']} calls, the tokens of decoding one by one."
     if "families" in steps:
         cosines = ", ".join(f"{name} {value:.4f}" for name, value in steps["families"].items())
         yield f"Least cosine of int4 logits, prefilled and decoded: {cosines}."
@@ -64,13 +70,15 @@ def check(run: Run) -> bool:
     """All steps; False where an answer is wrong, a step fails, or answers could not be checked."""
     try:
         run.step("ops", 0, check_ops)
+        run.step("gptq", 0, check_gptq)
         run.step("families", 20, check_families)
         run.step("passes", 20, check_passes)
+        run.step("ahead", 5, check_ahead)
     except WrongAnswerError as error:
         run.found["wrong"] = str(error)
         return False
-    if run.interpret or "families" not in run.found["steps"]:
-        return {"ops", "families", "passes"} <= set(run.found["steps"])
+    if run.interpret or not set(run.found["steps"]) >= ANSWERS:
+        return set(run.found["steps"]) >= ANSWERS
     run.step("ceilings", 20, ceilings)
     if "ceilings" in run.found["steps"]:
         run.step("linears", 40, time_linears)

@@ -103,6 +103,73 @@ def check_families(run: Run) -> dict[str, float]:
     return found
 
 
+def check_gptq(run: Run) -> int:
+    """The scale search and the column loop of GPTQ beside their reference: how many cases were right."""
+    from llmopt.ops.gptq_round import reference, round_span, search_scales
+
+    draw = torch.Generator().manual_seed(0)
+    cases = [(2, 17, 33)] if run.interpret else [(1, 1, 1), (2, 17, 33), (3, 40, 128), (1, 4096, 128)]
+    for batch, rows, columns in cases:
+        w = torch.randn(batch, rows, columns, generator=draw)
+        x = torch.randn(batch, 3 * columns, columns, generator=draw)
+        inverse = torch.linalg.inv(x.transpose(1, 2) @ x / (3 * columns) + 0.05 * torch.eye(columns))
+        u, weight = torch.linalg.cholesky(inverse, upper=True).contiguous(), torch.rand(batch, columns, generator=draw)
+        for symmetric in (True, False):
+            what = f"gptq_round, {rows} x {columns}, {'symmetric' if symmetric else 'asymmetric'}"
+            scale, zero = reference.search_scales(w, weight, bits=4, symmetric=symmetric)
+            codes, _ = reference.round_span(w, u, scale, zero, bits=4)
+            with run.kernels():
+                found = search_scales(w.to(run.device), weight.to(run.device), bits=4, symmetric=symmetric)
+                got, _ = round_span(*(t.to(run.device) for t in (w, u, scale, zero)), bits=4)
+            # a weight on the edge between two codes, or two scales as good as each other, may fall either way
+            for name, same in (("scales", found[0].cpu() == scale), ("codes", got.cpu() == codes)):
+                if not float(same.float().mean()) > 0.97:
+                    raise WrongAnswerError(
+                        f"{what}: {float(same.float().mean()):.1%} of the {name} are the reference's"
+                    )
+    return 2 * len(cases)
+
+
+def check_ahead(run: Run) -> int:
+    """Greedy tokens decoded ahead of the host beside those one by one, wherever a call ends: how many calls were right."""
+    from unittest import mock
+
+    from llmopt.models import resolve_model
+    from llmopt.models.shapes import tiny_model
+    from llmopt.passes import FuseKernels, PoolMemory
+    from llmopt.passes.base import PassContext
+
+    right = 0
+    most = 3 if run.interpret else 24
+    for pooled in (False,) if run.interpret else (False, True):
+        dtype = torch.float32 if run.interpret else torch.bfloat16
+        resolved = resolve_model(tiny_model("qwen3", dtype=dtype).to(run.device))
+        context = PassContext(resolved, resolved.device, lambda event: None, timed=False)
+        with run.kernels():
+            for item in (FuseKernels(), PoolMemory()) if pooled else (FuseKernels(),):
+                item.apply(context).patch.enable()
+            for sequences in (1,) if run.interpret else (1, 3):
+                prompt = torch.randint(5, 500, (sequences, 6), generator=torch.Generator().manual_seed(0)).to(
+                    run.device
+                )
+                options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+                free = resolved.model.generate(prompt, max_new_tokens=most, eos_token_id=None, **options)
+                end = int(free[0, 6 + most // 2])
+                for more in (
+                    {"eos_token_id": None},
+                    {"eos_token_id": end},
+                    {"eos_token_id": end, "min_new_tokens": most - 1},
+                ):
+                    tokens = []
+                    for devices in (set[str](), {run.device.type}):
+                        with mock.patch("llmopt.runtime.generate.AHEAD", devices):
+                            tokens.append(resolved.model.generate(prompt, max_new_tokens=most, **options, **more))
+                    if not torch.equal(*tokens):
+                        raise WrongAnswerError(f"decoded ahead, {sequences} sequences, {more}: {tokens}")
+                    right += 1
+    return right
+
+
 def check_passes(run: Run) -> dict[str, str]:
     """Every pass on every family's small model: the least cosine of its logits, of the prompt and of tokens decoded one by one,
     with those before; or why it does not apply. Undone, the model is the one before, bit by bit."""

@@ -8,6 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from triton.errors import TritonError
+
+# what torch, TVM and Triton raise where something does not fit
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, TritonError)
 
 
 class WrongAnswerError(AssertionError):
@@ -41,6 +45,6 @@ class Run:
         try:
             with torch.no_grad():
                 self.found["steps"][name] = work(self)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        except FAILURES as error:
             self.found.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)

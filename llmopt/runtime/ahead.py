@@ -2,7 +2,8 @@
 
 A step chooses its next tokens on the device and goes on from them, so the host is not needed to begin another. It reads tokens
 some steps later, through pinned memory and on a stream of their own, and finds out then that a sequence has ended: what was
-launched beyond is not used, and its places in the cache are written again.
+launched beyond is not used, and its places in the cache are written again. Some steps may still run when ``generate`` returns:
+who goes on with the same cache on another stream has to wait for this one.
 """
 
 from __future__ import annotations

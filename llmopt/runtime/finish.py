@@ -37,8 +37,11 @@ class Finish:
         return not self._others
 
     def holds_end(self, tokens: torch.Tensor) -> bool:
-        """True when an end token is among them."""
-        return not self._ends.isdisjoint(tokens.tolist())
+        """True when a sequence that is not done has come to an end token."""
+        if self._ends.isdisjoint(tokens.tolist()):
+            return False
+        done = self._done.tolist() if self._any_done else [False] * len(tokens)
+        return any(token in self._ends for token, over in zip(tokens.tolist(), done, strict=True) if not over)
 
     def pad(self, tokens: torch.Tensor) -> torch.Tensor:
         """Sequences that are done continue with padding."""

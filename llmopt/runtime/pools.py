@@ -28,7 +28,7 @@ class GraphMemory:
 
 @contextmanager
 def pool_of_its_own(device: torch.device) -> Iterator[None]:
-    """What this thread allocates on a GPU meanwhile lies in a pool of its own: blocks that stay do not lie between blocks that go.
+    """What this thread allocates on a GPU meanwhile lies in a pool of its own: what stays does not lie between what goes.
 
     torch keeps the pool as long as it holds any; then its memory can go back to the driver.
     """

@@ -31,6 +31,8 @@ def test_everything_is_right_and_written_down(
     assert found["steps"]["families"]["qwen3"] > FAMILY_COSINE
     assert set(found["steps"]["passes"]) == {"ernie4_5, swap_flash_attention", "ernie4_5, fuse_kernels"}
     assert all(float(least) > FAMILY_COSINE for least in found["steps"]["passes"].values())
+    assert found["steps"]["gptq"] == 2
+    assert found["steps"]["ahead"] == 3
     assert found["left_out"] == []
     assert "Right: " in (tmp_path / "a.md").read_text()
     assert "Least cosine of int4 logits" in capsys.readouterr().out
@@ -45,6 +47,15 @@ def test_it_stops_at_the_first_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> 
     assert run.found["wrong"].startswith("embed, ")
     assert run.found["steps"] == {}
     assert "**Wrong: embed" in "\n".join(gpu_check.table(run.found))
+
+
+def test_answers_that_were_not_checked_are_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("check_ops", "check_gptq", "check_families", "check_ahead"):
+        monkeypatch.setattr(gpu_check, name, lambda run: {})
+    run = gpu_check.Run(interpret=False, quick=True, seconds=15)
+    monkeypatch.setattr(gpu_check, "check_passes", lambda run: pytest.fail("there is no time for it"))
+    assert not gpu_check.check(run)
+    assert "passes" in run.found["left_out"]
 
 
 def test_steps_without_time_are_named() -> None:

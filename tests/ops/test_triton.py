@@ -60,3 +60,23 @@ def test_a_kernel_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: tor
     assert got.shape == expected.shape
     rtol, atol = tolerance(spec, dtype, expected)
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
+def test_blocks_chosen_by_time_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmopt.ops import attention as op
+    from llmopt.ops import device
+    from llmopt.ops.attention import reference, triton_kernel
+
+    monkeypatch.setattr(op, "MANY_QUERIES", 16)
+    draw = torch.Generator().manual_seed(0)
+    for config in triton_kernel._tuned.configs:
+        monkeypatch.setattr(triton_kernel, "_fitting", lambda configs, named, **_: configs)
+        monkeypatch.setattr(triton_kernel._tuned, "configs", [config])
+        monkeypatch.setattr(triton_kernel._tuned, "early_config_prune", None)
+        for queries, keys, dim, causal in ((70, 70, 64, True), (40, 200, 48, True), (33, 140, 64, False)):
+            q = torch.randn(1, 4, queries, dim, generator=draw).half()
+            k, v = (torch.randn(1, 2, keys, dim, generator=draw).half() for _ in "kv")
+            with device.interpreting():
+                got = op.attention(q, k, v, scale=0.2, causal=causal)
+            expected = reference.attention(q, k, v, scale=0.2, causal=causal)
+            torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)

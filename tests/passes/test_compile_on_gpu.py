@@ -110,16 +110,21 @@ def test_the_pass_applies_where_a_gpu_and_a_compiler_are(monkeypatch: pytest.Mon
 
 
 def test_tvm_is_told_of_nvcc_only_where_nvrtc_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TVM_CUDA_COMPILE_MODE", raising=False)
-    monkeypatch.setattr(env, "_importable", lambda name: True)
+    name = "TVM_CUDA_COMPILE_MODE"
+    monkeypatch.setenv(name, "nvcc")  # so that it is put back
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(env, "_importable", lambda module: True)
     assert env.tvm_without_cuda_compiler() == ""
-    assert "TVM_CUDA_COMPILE_MODE" not in env.os.environ
-    monkeypatch.setattr(env, "_importable", lambda name: False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert name not in env.os.environ
+    monkeypatch.setattr(env, "_importable", lambda module: False)
+    monkeypatch.setattr(shutil, "which", lambda program: None)
     assert "cuda-bindings" in env.tvm_without_cuda_compiler()
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvcc")
-    monkeypatch.setenv("TVM_CUDA_COMPILE_MODE", "nvcc")
+    assert name not in env.os.environ
+    monkeypatch.setattr(shutil, "which", lambda program: "/usr/bin/nvcc")
     assert env.tvm_without_cuda_compiler() == ""
+    assert env.os.environ[name] == "nvcc"
+    monkeypatch.setenv(name, "nvrtc")
+    assert "cuda-bindings" in env.tvm_without_cuda_compiler()
 
 
 @pytest.mark.parametrize(("low", "kept"), [(1.02, "tvm"), (0.99, "graph"), (float("nan"), "graph")])

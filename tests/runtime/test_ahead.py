@@ -10,7 +10,6 @@ import torch
 import llmopt
 from llmopt import native
 from llmopt.passes import FuseKernels
-from llmopt.runtime import ahead as ahead_module
 from llmopt.runtime import generate as generate_module
 from llmopt.runtime.step import DecodeStep
 
@@ -34,7 +33,6 @@ class Seen:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Decode ahead on the CPU too; counts steps that are run."""
-    monkeypatch.setattr(ahead_module, "AHEAD", {"cuda", "cpu"})
     monkeypatch.setattr(generate_module, "AHEAD", {"cuda", "cpu"})
     ran: list[int] = []
     run = DecodeStep.run
@@ -138,11 +136,24 @@ def test_a_cache_that_grows_meanwhile(
     tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = fused(tiny, "qwen3"), token_rows(1, 9)
-    reserve = generate_module._Loop._step
-    # as where a call may be longer than what is reserved for it
-    monkeypatch.setattr(generate_module._Loop, "_step", lambda loop, limit: reserve(loop, min(limit, loop.length + 6)))
-    want, got = both(model, monkeypatch, ids, max_new_tokens=40, eos_token_id=None)
+    step, grown = generate_module._Loop._step, []
+
+    def small(loop: Any, limit: int) -> DecodeStep:
+        # as where a call may be longer than what is reserved for it
+        made = step(loop, min(limit, loop.length + 6))
+        grown.append(made.capacity)
+        return made
+
+    monkeypatch.setattr(generate_module._Loop, "_step", small)
+    take = generate_module.Generation._take_cache
+    monkeypatch.setattr(
+        generate_module.Generation, "_take_cache", lambda self, sequences, capacity: take(self, sequences, 10)
+    )
+    monkeypatch.setattr(generate_module.Generation, "_keep", lambda self, step: None)
+    # a cache grows by some hundreds
+    want, got = both(model, monkeypatch, ids, max_new_tokens=290, eos_token_id=None)
     assert got == want
+    assert len(set(grown)) > 1
 
 
 def test_whoever_needs_tokens_at_once_gets_them_one_by_one(

@@ -15,6 +15,9 @@ from llmopt.ops.device import implementation, registered
 
 __all__ = ["attention"]
 
+# on a GPU: from here on blocks are chosen by time
+MANY_QUERIES = 512
+
 _LIBRARY = torch.library.Library("llmopt", "FRAGMENT")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, float scale, bool causal=True, int? window=None, Tensor? key_mask=None, "

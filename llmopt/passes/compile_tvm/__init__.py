@@ -100,10 +100,11 @@ class CompileTvm(Pass):
         model: Any = ctx.resolved.model
         before = generation_behind(vars(model).get("generate"))
         backend = "tvm" if self.backend == "auto" else self.backend
-        records = Path(self.records) if self.records else None
-        if records is not None and not self.tune_s and not records.is_file():
+        # a checkpoint that is loaded does not choose where to write, nor for how long to search
+        tune_s, records = (self.tune_s, Path(self.records) if self.records else None) if ctx.trials else (0.0, None)
+        if records is not None and not tune_s and not records.is_file():
             raise PassError(f"compile_tvm: {records}: no such file (tune_s=SECONDS writes one)")
-        current = Current(ctx.resolved, backend, self.cache, self.tune_s, records)
+        current = Current(ctx.resolved, backend, self.cache, tune_s, records)
         current.switched(before)
         details, settled = self._compile(ctx, current)
         generation = Generation(model, current)
@@ -138,18 +139,20 @@ class CompileTvm(Pass):
             details |= {"kinds": len(engine.kinds), "kernels": sorted(engine.machine.kernels)}
         if not ctx.trials:
             return details, {}
+        # a file of this machine, and a search for it: whoever loads the model has neither
+        settled: dict[str, Any] = {"tune_s": 0.0, "records": None}
         details["verified"] = verify(ctx, engine)
         if ctx.device.type == "cuda":
             if ctx.timed:
                 details["graph"] = trial.against_graph(ctx, current)
                 details["backend"] = current.backend
-            return details, {}
+            return details, settled
         if self.backend != "auto" or not ctx.timed:
-            return details, {}
+            return details, settled
         ctx.emit(Event("progress", self.name, "torch.compile on the same step"))
         details["inductor"] = trial.against_inductor(ctx, current)
         details["backend"] = current.backend
-        return details, {"backend": current.backend}
+        return details, {**settled, "backend": current.backend}
 
 
 def _without_tvm() -> str:

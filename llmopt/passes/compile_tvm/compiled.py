@@ -68,11 +68,13 @@ def _host() -> dict[str, Any]:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """What torch and TVM raise becomes a PassError that says why."""
+def compiling(but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """What torch and TVM raise becomes a PassError that says why, ``but`` for these."""
     try:
         yield
     except PassError:
+        raise
+    except but:
         raise
     except COMPILERS_RAISE as error:
         raise PassError(f"compile_tvm: the step cannot be compiled: {said(error)}") from error
@@ -230,7 +232,9 @@ class Machine:
 
         on_stream = tvm_ffi.use_torch_stream() if self._device.type == "cuda" else nullcontext()
         with self._lock, on_stream:
-            CURRENT.recording = Recording(shared=not self.kernels)
+            # on a GPU all tensors are kept: TVM would free those that are replaced while a graph is captured
+            shared = not self.kernels and self._device.type == "cpu"
+            CURRENT.recording = Recording(shared=shared)
             try:
                 yield CURRENT.recording
             finally:

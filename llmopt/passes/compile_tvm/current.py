@@ -123,7 +123,8 @@ class Current:
                     if machine is not None:
                         return machine
                     built = kernels.build()
-                    _keep(cache, made_from, built)
+                    if not kernels.fell_back:
+                        _keep(cache, made_from, built)
             except (OSError, RefusedEntryError) as error:
                 self.facts["cache"] = f"not kept: {error}"
         return Machine(built or kernels.build(), self._resolved.device)

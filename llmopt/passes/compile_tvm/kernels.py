@@ -29,6 +29,7 @@ class StepKernels:
     Attributes:
         step: a name for the step, alike wherever records hold for it.
         facts: for the receipt: ``records``, the file; ``tuning``, what a search found, or ``refused``, why a file is not used.
+        fell_back: what was built has other schedules than :meth:`digest` says.
 
     Raises:
         PassError: ``file`` is given and not one of records.
@@ -40,7 +41,7 @@ class StepKernels:
         self.step = key_of({**made_for, "parts": list(engine.kinds), "hidden_size": engine.hidden_size})
         where = file or folder() / f"{self.step}.json"
         self.facts: dict[str, Any] = {}
-        self._given = file is not None
+        self._given, self.fell_back = file is not None, False
         self._records: Records | None = None
         try:
             self._records = Records(where, made_for)
@@ -71,12 +72,16 @@ class StepKernels:
         """
         from llmopt.passes.compile_tvm.schedules import RefusedScheduleError
 
-        with compiling():
-            try:
+        try:
+            with compiling():
                 return build(self.lowered, self.chosen())
-            except RefusedScheduleError as error:
-                self._refuse(f"{self._records.file if self._records else ''}: {error}")
-                return build(self.lowered, {})
+        except (RefusedScheduleError, PassError) as error:
+            if not self.chosen():
+                raise
+            self._refuse(f"{self._records.file if self._records else ''}: {error}")
+            self.fell_back = True
+        with compiling():
+            return build(self.lowered, {})
 
     def tune(self, budget_s: float, emit: Callable[[Event], None]) -> None:
         """Search for faster schedules; records are kept as they are found.
@@ -86,7 +91,7 @@ class StepKernels:
             emit: told of every kernel.
 
         Raises:
-            PassError: records cannot be kept, or a kernel cannot be compiled.
+            PassError: a kernel cannot be compiled, or records cannot be kept in the file that was given.
         """
         if self._records is None:
             return
@@ -97,13 +102,17 @@ class StepKernels:
         def on_kernel(name: str, finished: int) -> None:
             emit(Event("progress", "compile_tvm", f"tuning {name}", finished, len(kernels)))
 
-        with compiling():
-            import tvm
+        try:
+            with compiling(but=(OSError,)):
+                import tvm
 
-            from llmopt.passes.compile_tvm import schedules, tuning
+                from llmopt.passes.compile_tvm import schedules, tuning
 
-            tuning.tune(kernels, self._records, tvm.target.Target(self.lowered.target), budget_s, on_kernel)
-            found = {name: self._records.find(schedules.name_of(f)) for name, f in kernels.items()}
+                tuning.tune(kernels, self._records, tvm.target.Target(self.lowered.target), budget_s, on_kernel)
+                found = {name: self._records.find(schedules.name_of(f)) for name, f in kernels.items()}
+        except (OSError, RefusedRecordsError) as error:
+            self._refuse(f"records cannot be kept: {error}")
+            return
         faster = {name: r.default_us / r.us for name, r in found.items() if r is not None and r.schedule is not None}
         self.facts["records"] = str(self._records.file)
         self.facts["tuning"] = {

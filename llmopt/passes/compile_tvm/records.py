@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Record:
 
     Attributes:
         name: of the kernel, for readers.
-        tried: schedules that were compiled and timed; seeds up to ``seeds`` have been drawn.
+        tried: schedules that were compiled and timed, by a search that goes on some of them again; seeds up to ``seeds`` have
+            been drawn.
         done: there is nothing left to try.
         default_us: of the schedule every kernel gets, microseconds a call for one token.
         us: of the fastest; beside ``default_us`` in turns.
@@ -134,9 +136,18 @@ def _whole(file: Path) -> dict[str, dict[str, Record]]:
         said = json.loads(file.read_text())
         if said["format"] != _FORMAT:
             raise ValueError(said["format"])
-        return {of: {name: Record(**r) for name, r in kernels.items()} for of, kernels in said["targets"].items()}
+        return {of: {name: _record(r) for name, r in kernels.items()} for of, kernels in said["targets"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = f"not a file of tuning records, {_FORMAT!r} ({type(error).__name__})"
         raise RefusedRecordsError(f"{file}: {why}") from None
+
+
+def _record(said: dict[str, Any]) -> Record:
+    record = Record(**said)
+    counts = all(type(n) is int and n >= 0 for n in (record.tried, record.seeds)) and type(record.done) is bool
+    times = all(type(us) is float and 0 < us < math.inf for us in (record.default_us, record.us))
+    if not (counts and times and type(record.name) is str and isinstance(record.schedule, list | None)):
+        raise ValueError(record.name)
+    return record

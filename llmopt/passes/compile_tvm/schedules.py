@@ -6,6 +6,8 @@ and its contexts import the tensor intrinsics of every device, for half a minute
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import tvm_ffi
@@ -15,17 +17,25 @@ from tvm.s_tir.schedule import Trace
 
 from llmopt.errors import LlmoptError
 
-# what the rules below make. A schedule from elsewhere may hold nothing else: some instructions change what is computed
-_INSTRUCTIONS = {
-    "GetSBlock", "GetChildBlocks", "GetLoops", "GetConsumers", "GetProducers", "ComputeInline", "ReverseComputeInline",
-    "SampleComputeLocation", "SampleCategorical", "ComputeAt", "ReverseComputeAt", "Fuse", "Split", "Vectorize", "Unroll",
-    "DecomposeReduction", "Annotate", "Unannotate", "EnterPostproc",
-}  # fmt: skip
-_ANNOTATIONS = {
-    "meta_schedule.vectorize", "meta_schedule.unroll_explicit", "meta_schedule.unroll_implicit",
-    "pragma_auto_unroll_max_step", "pragma_unroll_explicit",
-}  # fmt: skip
 _VECTORS, _UNROLLED = (8, 16, 32, 64), (0, 16, 64)
+_FUNCTION = "main"
+# What the rules below write, and all that a schedule from elsewhere may hold: other instructions change what is computed, or
+# take guards away (Split can), and a pragma may carry C. By instruction, the attributes it may have.
+_PLAIN = ("GetChildBlocks", "GetLoops", "ComputeInline", "SampleComputeLocation", "DecomposeReduction", "Vectorize")
+_ANNOTATIONS = {
+    "meta_schedule.vectorize": _VECTORS, "meta_schedule.unroll_explicit": _UNROLLED,
+    "pragma_auto_unroll_max_step": _UNROLLED, "pragma_unroll_explicit": (0, 1),
+}  # fmt: skip
+_ATTRIBUTES: dict[str, Callable[[list[Any]], bool]] = {
+    **dict.fromkeys(_PLAIN, lambda given: given == []),
+    "GetSBlock": lambda given: len(given) == 2 and type(given[0]) is str and given[1] == _FUNCTION,
+    "ComputeAt": lambda given: len(given) == 2 and all(type(x) is int for x in given),
+    "Fuse": lambda given: len(given) == 1 and given[0] in (0, 1),
+    "SampleCategorical": lambda given: given[0] == list(_UNROLLED) and all(type(x) is float for x in given[1]),
+    "Annotate": lambda given: len(given) == 1 and given[0] in _ANNOTATIONS,
+    "Unannotate": lambda given: len(given) == 1 and given[0] in _ANNOTATIONS,
+}
+_VARIABLE = re.compile(r"[a-z]\d{1,4}|_")
 
 
 class RefusedScheduleError(LlmoptError):
@@ -88,7 +98,7 @@ def replayed(kernel: Any, trace: Any) -> Schedule:
 
 def function(schedule: Schedule) -> Any:
     """The scheduled PrimFunc."""
-    return schedule.mod["main"]
+    return schedule.mod[_FUNCTION]
 
 
 def _of(kernel: Any, **options: int) -> Schedule:
@@ -111,18 +121,33 @@ def _everywhere(rule: Any, schedule: Schedule) -> Schedule:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return str(value)
+    if value is None or isinstance(value, int | float):
         return value
     return value.value if hasattr(value, "value") else [_plain(inner) for inner in value]
 
 
 def _check(trace: Any) -> None:
     try:
-        instructions, _decisions = trace
-        for kind, _inputs, attributes, _outputs in instructions:
-            if kind not in _INSTRUCTIONS:
-                raise RefusedScheduleError(f"it holds {kind!r}, which no schedule of ours does")
-            if kind == "Annotate" and attributes[0] not in _ANNOTATIONS:
-                raise RefusedScheduleError(f"it holds the annotation {attributes[0]!r}, which no schedule of ours does")
+        instructions, decisions = trace
+        for kind, inputs, attributes, outputs in instructions:
+            known = kind in _ATTRIBUTES and _ATTRIBUTES[kind](attributes)
+            if not known or not _are_variables(outputs) or not _are_inputs(kind, inputs, attributes):
+                raise RefusedScheduleError(f"it holds {kind!r} in a form that no schedule of ours has")
+        for index, decision in decisions:
+            if type(index) is not int or type(decision) is not int:
+                raise RefusedScheduleError("it is not a schedule: a decision is no number")
     except (TypeError, ValueError, LookupError):
         raise RefusedScheduleError("it is not a schedule") from None
+
+
+def _are_inputs(kind: str, inputs: list[Any], attributes: list[Any]) -> bool:
+    if kind != "Annotate":
+        return _are_variables(inputs)
+    what, value = inputs
+    return _are_variables([what]) and (_are_variables([value]) or value in _ANNOTATIONS[attributes[0]])
+
+
+def _are_variables(names: list[Any]) -> bool:
+    return all(type(name) is str and _VARIABLE.fullmatch(name) is not None for name in names)

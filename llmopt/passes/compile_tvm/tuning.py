@@ -91,7 +91,7 @@ class _Search:
         if self._before.schedule is not None:
             with contextlib.suppress(*_CANNOT):
                 self._consider(schedules.replayed(kernel, self._before.schedule))
-        self._seen: set[str] = set()
+        self._seen = {schedules.name_of(schedules.function(c.schedule)) for c in (self._default, self._best)}
         self._seeds, self._tried, self._done = self._before.seeds, self._before.tried, False
 
     def run(self, ends: float) -> None:
