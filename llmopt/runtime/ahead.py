@@ -55,7 +55,8 @@ class _Ring:
 
     def __init__(self, like: torch.Tensor, places: int) -> None:
         self._kept = torch.empty(places, *like.shape, dtype=like.dtype, device=like.device)
-        if not like.is_cuda:
+        self._gpu = _on_gpu(like)
+        if not self._gpu:
             return
         self._host = torch.empty(self._kept.shape, dtype=like.dtype, pin_memory=True)
         self._side = torch.cuda.Stream(like.device)
@@ -65,7 +66,7 @@ class _Ring:
     def put(self, place: int, value: torch.Tensor) -> None:
         """Send a copy; what was in that place has been got."""
         self._kept[place].copy_(value)
-        if not value.is_cuda:
+        if not self._gpu:
             return
         # the next step does not wait for the copy to the host
         self._made[place].record(torch.cuda.current_stream(value.device))
@@ -76,7 +77,11 @@ class _Ring:
 
     def get(self, place: int) -> torch.Tensor:
         """That copy, when it has arrived, on the CPU."""
-        if not self._kept.is_cuda:
+        if not self._gpu:
             return self._kept[place].clone()
         self._there[place].synchronize()
         return self._host[place].clone()
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda

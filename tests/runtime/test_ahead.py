@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import llmopt
 from llmopt import native
 from llmopt.passes import FuseKernels
+from llmopt.runtime import ahead as ahead_module
 from llmopt.runtime import generate as generate_module
 from llmopt.runtime.step import DecodeStep
 
@@ -173,3 +176,67 @@ def test_whoever_needs_tokens_at_once_gets_them_one_by_one(
         {"return_dict_in_generate": True, "output_logits": True}, {"prompt_lookup_num_tokens": 3},
     ):  # fmt: skip
         model.generate(ids, max_new_tokens=6, pad_token_id=0, eos_token_id=None, **options)
+
+
+class FakeCuda:
+    """Streams and events that write down what is asked of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.events = 0
+        self.current = "main"
+        fake = self
+
+        class Event:
+            def __init__(self) -> None:
+                self.name = f"event {fake.events}"
+                fake.events += 1
+
+            def record(self, stream: Any) -> None:
+                fake.log.append(f"{stream.name} records {self.name}")
+
+            def synchronize(self) -> None:
+                fake.log.append(f"host waits for {self.name}")
+
+        class Stream:
+            def __init__(self, device: Any = None) -> None:
+                self.name = "main" if device is None else "side"
+
+            def wait_event(self, event: Event) -> None:
+                fake.log.append(f"{self.name} waits for {event.name}")
+
+        @contextmanager
+        def stream(on: Stream) -> Iterator[None]:
+            fake.log.append(f"on {on.name}")
+            yield
+            fake.log.append("on main")
+
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+        for name, stand_in in (("Event", Event), ("Stream", Stream), ("stream", stream)):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, on: self.log.append(f"kept for {on.name}"))
+        monkeypatch.setattr(ahead_module, "_on_gpu", lambda tensor: True)
+
+
+def test_tokens_travel_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    ring = ahead_module._Ring(torch.zeros(2, dtype=torch.int64), 3)
+    assert cuda.log == ["kept for side"]
+    cuda.log.clear()
+    for place, value in ((0, [1, 2]), (2, [5, 6])):
+        ring.put(place, torch.tensor(value))
+        made, there = f"event {place}", f"event {3 + place}"
+        # the step's stream goes on; the copy waits for the step, and the host for the copy
+        assert cuda.log == [
+            f"main records {made}",
+            "on side",
+            f"side waits for {made}",
+            f"side records {there}",
+            "on main",
+        ]
+        cuda.log.clear()
+    for place, value in ((0, [1, 2]), (2, [5, 6])):
+        assert ring.get(place).tolist() == value
+        assert cuda.log.pop() == f"host waits for event {3 + place}"
