@@ -19,7 +19,7 @@ import torch
 from llmopt import native
 from llmopt.errors import NativeLibraryError
 
-__all__ = ["by_triton", "implementation", "interpreting", "kernels_for", "registered"]
+__all__ = ["by_triton", "implementation", "interpreting", "kernels_for", "processors", "registered"]
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
@@ -46,6 +46,12 @@ def _served_gpus() -> bool:
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
     return all(torch.cuda.get_device_capability(i) >= LEAST_CAPABILITY for i in range(torch.cuda.device_count()))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; without one, where kernels are interpreted or compiled ahead, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def implementation(op: str, cpu: Callable[P, R], tensor: torch.Tensor, function: str = "run") -> Callable[P, R]:

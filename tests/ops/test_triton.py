@@ -80,3 +80,44 @@ def test_blocks_chosen_by_time_compute_the_same(monkeypatch: pytest.MonkeyPatch)
                 got = op.attention(q, k, v, scale=0.2, causal=causal)
             expected = reference.attention(q, k, v, scale=0.2, causal=causal)
             torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["int4", "int8", "int4a"])
+def test_a_tile_whose_inputs_are_split_is_put_together(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmopt.ops.fused_linear import triton_kernel
+
+    asked: list[int] = []
+
+    def split(blocks: int, k8s: int, step: int, device: torch.device) -> int:
+        asked.append(blocks)
+        return parts
+
+    monkeypatch.setattr(triton_kernel, "_parts", split)
+    g = torch.Generator().manual_seed(parts)
+    weights = [
+        Weight(weight_data(kind, 40, 1056, 32, g), 40, 1056, int(kind[3]), 32, asymmetric=kind.endswith("a"))
+        for _ in "ab"
+    ]
+    for tokens in (1, 3, 8):
+        for mode, width in (("store", 80), ("add", 80), ("swiglu", 40)):
+            x, out = torch.randn(tokens, 1056, generator=g), torch.randn(tokens, width, generator=g)
+            with torch.no_grad(), sixteen_bit_tokens():
+                expected = reference.fused_linear(x, weights, out.clone(), mode=mode)
+                for _ in range(2):  # the counters are as they were
+                    got = out.clone()
+                    with device.interpreting():
+                        fused_linear(x, weights, got, mode=mode)
+                    size = float(expected.abs().max())
+                    torch.testing.assert_close(got, expected, rtol=4e-3, atol=2e-3 * size)
+    assert asked
+
+
+def test_few_rows_are_split_and_many_are_not() -> None:
+    from llmopt.ops.fused_linear.triton_kernel import _parts
+
+    cpu = torch.device("cpu")  # taken for an H100 with 132 processors
+    assert _parts(4096 // 16, 4096 // 8, 64, cpu) == 2
+    assert _parts(4096 // 16, 12288 // 8, 64, cpu) == 4
+    assert _parts(24576 // 16, 4096 // 8, 64, cpu) == 1
+    assert _parts(16, 1024 // 8, 64, cpu) == 1

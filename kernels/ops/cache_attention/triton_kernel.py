@@ -18,7 +18,7 @@ from llmopt.errors import InputError
 from llmopt.ops.triton_tiles import product
 
 MOST_DECODE_TOKENS = 64
-_MOST_PARTS, _LEAST_KEYS, _MOST_COUNTERS = 32, 256, 1 << 16
+_MOST_PARTS, _LEAST_KEYS, MOST_COUNTERS = 32, 256, 1 << 16
 _LOG2E = 1.4426950408889634
 
 
@@ -159,7 +159,7 @@ def _many(
 
 @functools.cache
 def _zeros(device: torch.device) -> torch.Tensor:
-    return torch.zeros(_MOST_COUNTERS, dtype=torch.int32, device=device)
+    return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
 
 
 def counter(device: torch.device, count: int) -> torch.Tensor:
@@ -168,8 +168,8 @@ def counter(device: torch.device, count: int) -> torch.Tensor:
     Raises:
         InputError: more are wanted than there are.
     """
-    if count > _MOST_COUNTERS:
-        raise InputError.argument("tokens times heads", expected=f"at most {_MOST_COUNTERS} at once", got=count)
+    if count > MOST_COUNTERS:
+        raise InputError.argument("tokens times heads", expected=f"at most {MOST_COUNTERS} at once", got=count)
     return _zeros(device)
 
 

@@ -1,5 +1,5 @@
 """fused_linear on NVIDIA GPUs: int4 and int8 tiles times a few tokens (one kernel), up to a few hundred (tensor cores), or
-more (dequantized once, then cuBLAS).
+more (dequantized once, then cuBLAS). Where rows are too few to keep a GPU's memory busy, a tile's inputs are split as well.
 
 Activations are float16, a token's divided by a power of two so that its largest is below 64, and lie in eight planes: the
 i-th of every eight inputs, in pairs of 32 bits (:mod:`llmopt.ops.triton_tiles`). Sums are float32. Weights that are not packed
@@ -16,6 +16,8 @@ import triton.language as tl
 from torch.nn import functional
 
 from llmopt.errors import InputError
+from llmopt.ops.cache_attention.triton_kernel import MOST_COUNTERS, counter
+from llmopt.ops.device import processors
 from llmopt.ops.triton_tiles import (
     DOT8,
     Tiles,
@@ -34,6 +36,8 @@ __all__ = ["Inputs", "dequantize", "prepare", "run"]
 STORE, ADD, SWIGLU = 0, 1, 2
 MOST_GEMV_TOKENS, MOST_GEMM_TOKENS = 8, 256
 _MOST_WEIGHTS, _TILES = 4, 2
+# of one tile's inputs; and programs that each of a GPU's processors is to have
+_MOST_PARTS, _PROGRAMS = 8, 6
 # sizes that differ from weight to weight and from step to step: one kernel serves them all
 _SIZES = ("s1", "s2", "s3", "n0", "n1", "n2", "n3", "count")
 
@@ -64,19 +68,20 @@ def _prepare(
 
 @triton.jit
 def gemv_sums(
-    w, first, planes, sums, k8s, ASYM: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr,
-    TILE: tl.constexpr, HEAD: tl.constexpr, GROUP8: tl.constexpr, LOW: tl.constexpr, low_at, KB: tl.constexpr,
-    ASM: tl.constexpr,
+    w, first, planes, sums, k8s, begin, end, ASYM: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, HEAD: tl.constexpr, GROUP8: tl.constexpr, LOW: tl.constexpr, low_at,
+    KB: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """``[BLOCK_T, 16]``: sixteen rows, from row ``first`` on, times the tokens."""
+    """``[BLOCK_T, 16]``: sixteen rows, from row ``first`` on, times the tokens; of the inputs the eights from ``begin`` up to
+    ``end``."""
     r = first + tl.arange(0, 16)[None, None, :]
     tile, row = r // 16, r % 16
     token = tl.arange(0, BLOCK_T)[:, None, None]
     tile_at, group_words = tile * TILE, 16 + GROUP8 * 16
     acc = tl.zeros((BLOCK_T, KB, 16), tl.float32)
-    for start in range(0, k8s, KB):
+    for start in range(begin, end, KB):
         a = start + tl.arange(0, KB)[None, :, None]
-        here = a < k8s
+        here = a < end
         group, within = a // GROUP8, a % GROUP8
         words = tl.load(
             w + tile_at + HEAD + group * group_words + 16 + within * 16 + row, mask=here, other=0,
@@ -121,36 +126,75 @@ def _finish(y, out, at, mask, MODE: tl.constexpr):
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _put_together(part, block, way, PARTS: tl.constexpr, WAYS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The sums of all parts of a block, in their order."""
+    at = tl.arange(0, BLOCK_T)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    total = tl.zeros((BLOCK_T, 16), tl.float32)
+    for i in range(PARTS):
+        total += tl.load(part + ((block * PARTS + i) * WAYS + way) * (BLOCK_T * 16) + at)
+    return total
+
+
+@triton.jit
+def _written(
+    first, second, by, b, n, column, tile, out, out_stride, BIAS: tl.constexpr, MODE: tl.constexpr, T: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile to the output: a product's, or of the gate and of the up projection."""
+    token, row = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, 16)[None, :]
+    y = by * first
+    if MODE == 2:
+        y = y / (1 + tl.exp(-y)) * (by * second)
+    if BIAS:
+        y += tl.load(b + tile * 16 + row, mask=tile * 16 + row < n, other=0.0)
+    at = token * out_stride + column + tile * 16 + row
+    _finish(y, out, at, (token < T) & (tile * 16 + row < n), MODE)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _gemv(
-    planes, sums, factor, w0, w1, w2, w3, b0, b1, b2, b3, s1, s2, s3, n0, n1, n2, n3, out, out_stride, k8s, low_at,
-    BIAS: tl.constexpr, MODE: tl.constexpr, ASYM: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr,
+    planes, sums, factor, w0, w1, w2, w3, b0, b1, b2, b3, s1, s2, s3, n0, n1, n2, n3, out, out_stride, k8s, low_at, part,
+    counters, BIAS: tl.constexpr, MODE: tl.constexpr, ASYM: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr,
     BLOCK_T: tl.constexpr, TILE: tl.constexpr, HEAD: tl.constexpr, GROUP8: tl.constexpr, LOW: tl.constexpr,
-    KB: tl.constexpr, ASM: tl.constexpr,
+    KB: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of sixteen rows times T tokens; of SwiGLU the gate's tile and the up projection's."""
-    token, row = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, 16)[None, :]
+    """One tile of sixteen rows times T tokens, or a part of its inputs; of SwiGLU the gate's tile and the up projection's. The
+    last of a tile's parts to finish puts them together."""
+    token = tl.arange(0, BLOCK_T)[:, None]
     by = tl.load(factor + token, mask=token < T, other=0.0)
-    block = tl.program_id(0)
+    block, split = tl.program_id(0), tl.program_id(1)
+    span = tl.cdiv(tl.cdiv(k8s, PARTS), KB) * KB
+    begin, end = split * span, tl.minimum(k8s, split * span + span)
     if MODE == 2:
-        gate = by * gemv_sums(
-            w0, block * 16, planes, sums, k8s, ASYM, BITS, T, BLOCK_T, TILE, HEAD, GROUP8, LOW, low_at, KB, ASM
-        )  # fmt: skip
-        up = by * gemv_sums(
-            w1, block * 16, planes, sums, k8s, ASYM, BITS, T, BLOCK_T, TILE, HEAD, GROUP8, LOW, low_at, KB, ASM
-        )  # fmt: skip
-        y, n, column, tile = gate / (1 + tl.exp(-gate)) * up, n0, 0, block
+        w, b, n, column, tile, low = w0, b0, n0, s1 * 0, block, low_at
     else:
         w, b, n, column, tile = _chosen(block, w0, w1, w2, w3, b0, b1, b2, b3, s1, s2, s3, n0, n1, n2, n3)
         # where the second plane begins differs from weight to weight
         low = low_at if LOW == 0 else tl.cdiv(n, 16) * TILE
-        y = by * gemv_sums(
-            w, tile * 16, planes, sums, k8s, ASYM, BITS, T, BLOCK_T, TILE, HEAD, GROUP8, LOW, low, KB, ASM
+    first = gemv_sums(
+        w, tile * 16, planes, sums, k8s, begin, end, ASYM, BITS, T, BLOCK_T, TILE, HEAD, GROUP8, LOW, low, KB, ASM
+    )  # fmt: skip
+    second = first
+    if MODE == 2:
+        second = gemv_sums(
+            w1, tile * 16, planes, sums, k8s, begin, end, ASYM, BITS, T, BLOCK_T, TILE, HEAD, GROUP8, LOW, low, KB, ASM
         )  # fmt: skip
-        if BIAS:
-            y += tl.load(b + tile * 16 + row, mask=tile * 16 + row < n, other=0.0)
-    at = token * out_stride + column + tile * 16 + row
-    _finish(y, out, at, (token < T) & (tile * 16 + row < n), MODE)
+    if PARTS == 1:
+        _written(first, second, by, b, n, column, tile, out, out_stride, BIAS, MODE, T, BLOCK_T)
+    else:
+        ways: tl.constexpr = 2 if MODE == 2 else 1
+        at = (block * PARTS + split) * (ways * BLOCK_T * 16) + token * 16 + tl.arange(0, 16)[None, :]
+        tl.store(part + at, first)
+        if MODE == 2:
+            tl.store(part + BLOCK_T * 16 + at, second)
+        tl.debug_barrier()
+        done = tl.atomic_add(counters + block, 1, sem="acq_rel")
+        if done == PARTS - 1:
+            first = _put_together(part, block, 0, PARTS, ways, BLOCK_T)
+            second = _put_together(part, block, ways - 1, PARTS, ways, BLOCK_T)
+            _written(first, second, by, b, n, column, tile, out, out_stride, BIAS, MODE, T, BLOCK_T)
+            tl.store(counters + block, 0)
 
 
 @triton.jit
@@ -293,6 +337,15 @@ def dequantize(
     return out
 
 
+def _parts(blocks: int, k8s: int, step: int, device: torch.device) -> int:
+    """Into how many parts the inputs are split, so that loads enough are on their way: a program keeps 4 KiB, and a GPU wants
+    some 20 KiB for each of its processors. A part has at least four steps; so many blocks have counters."""
+    parts = 1
+    while parts < _MOST_PARTS and blocks * parts < _PROGRAMS * processors(device) and k8s >= 8 * step * parts:
+        parts *= 2
+    return parts if blocks <= MOST_COUNTERS else 1
+
+
 def products(
     inputs: Inputs, weights: list[torch.Tensor], rows: list[int], cols: int, bits: int, asymmetric: bool,
     group_size: int, biases: list[torch.Tensor] | None, mode: int, out: torch.Tensor,
@@ -315,10 +368,15 @@ def products(
     grid = blocks[0] if mode == SWIGLU else sum(blocks)
     if few:
         # words of a row at a time: fewer where more is summed, or the sums would not fit the registers
-        most = (32 if bits == 8 else 64) // max(1, triton.next_power_of_2(tokens) // 2)
-        _gemv[(grid,)](
-            inputs.planes, inputs.sums, inputs.factor, *shared, k8s, tiles[0].count * tiles[0].tile, **options, T=tokens,
-            BLOCK_T=triton.next_power_of_2(tokens), KB=most, ASM=DOT8, num_warps=4,
+        block_t = triton.next_power_of_2(tokens)
+        most = (32 if bits == 8 else 64) // max(1, block_t // 2)
+        parts = _parts(grid, k8s, most, out.device)
+        ways = 2 if mode == SWIGLU else 1
+        partial = torch.empty(grid * parts * ways * block_t * 16 if parts > 1 else 0, device=out.device)
+        counts = counter(out.device, grid) if parts > 1 else inputs.factor
+        _gemv[(grid, parts)](
+            inputs.planes, inputs.sums, inputs.factor, *shared, k8s, tiles[0].count * tiles[0].tile, partial, counts,
+            **options, T=tokens, BLOCK_T=block_t, KB=most, PARTS=parts, ASM=DOT8, num_warps=4,
         )  # fmt: skip
         return
     block_t = min(32, max(16, triton.next_power_of_2(tokens)))

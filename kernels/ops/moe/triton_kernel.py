@@ -83,8 +83,10 @@ def _single_gate_up(
     planes += token * 4 * k8s
     sums += token * k8s
     by = tl.load(factor + token)
-    gate = by * gemv_sums(w, first, planes, sums, k8s, ASYM, BITS, 1, 1, TILE, HEAD, GROUP8, LOW, 0, KB, ASM)
-    up = by * gemv_sums(w, inner + first, planes, sums, k8s, ASYM, BITS, 1, 1, TILE, HEAD, GROUP8, LOW, 0, KB, ASM)
+    gate = by * gemv_sums(w, first, planes, sums, k8s, 0, k8s, ASYM, BITS, 1, 1, TILE, HEAD, GROUP8, LOW, 0, KB, ASM)
+    up = by * gemv_sums(
+        w, inner + first, planes, sums, k8s, 0, k8s, ASYM, BITS, 1, 1, TILE, HEAD, GROUP8, LOW, 0, KB, ASM
+    )  # fmt: skip
     row = first + tl.arange(0, 16)[None, :]
     tl.store(act + slot * inner + row, gate / (1 + tl.exp(-gate)) * up, mask=row < inner)
 
@@ -103,8 +105,8 @@ def _single_down(
         expert = w + tl.load(index + slot).to(tl.int64) * expert_words
         by = tl.load(factor + slot) * tl.load(weights + slot)
         y += by * gemv_sums(
-            expert, first, planes + slot * 4 * k8s, sums + slot * k8s, k8s, ASYM, BITS, 1, 1, TILE, HEAD, GROUP8, LOW, 0,
-            KB, ASM,
+            expert, first, planes + slot * 4 * k8s, sums + slot * k8s, k8s, 0, k8s, ASYM, BITS, 1, 1, TILE, HEAD, GROUP8, LOW,
+            0, KB, ASM,
         )  # fmt: skip
     row = first + tl.arange(0, 16)[None, :]
     at = h + token * h_stride + row
