@@ -242,7 +242,7 @@ def test_auto_keeps_the_faster_and_shows_both(tiny: Any, token_rows: Any, monkey
         ctx = PassContext(resolved, resolved.device, lambda event: None, calibration=list(token_rows(2, 40)))
         applied = CompileTvm(backend="auto").apply(ctx)
         assert applied.details["backend"] == kept
-        assert applied.settled == {"backend": kept}
+        assert applied.settled == {"backend": kept, "tune_s": 0.0, "records": None}
         assert applied.details["inductor"]["verified"]["agree"] == 16
         assert any(f"{ratio:.2f}x" in line for line in applied.details["said"])
         applied.patch.enable()
