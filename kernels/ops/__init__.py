@@ -16,7 +16,7 @@ __all__ = ["SPECS", "Case", "OpSpec"]
 _OPS = (
     "int4_linear", "int8_linear", "int4_experts", "attention",
     "embed", "fused_linear", "rope_cache", "cache_attention", "latent_cache", "latent_attention", "latent_output",
-    "moe", "next_token", "screened_head",
+    "moe", "next_token", "sample_token", "screened_head",
 )  # fmt: skip
 
 

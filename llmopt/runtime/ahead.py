@@ -1,9 +1,10 @@
-"""Greedy decoding that does not wait for the GPU: steps are launched before the tokens of the steps before have been read.
+"""Decoding that does not wait for the GPU: steps are launched before the tokens of the steps before have been read.
 
-A step chooses its next tokens on the device and goes on from them, so the host is not needed to begin another. It reads tokens
-some steps later, through pinned memory and on a stream of their own, and finds out then that a sequence has ended: what was
-launched beyond is not used, and its places in the cache are written again. Some steps may still run when ``generate`` returns:
-who goes on with the same cache on another stream has to wait for this one.
+A step chooses its next tokens on the device, the largest or drawn ones, and goes on from them, so the host is not needed to
+begin another. It reads tokens some steps later, through pinned memory and on a stream of their own, and finds out then that a
+sequence has ended: what was launched beyond is not used, its places in the cache are written again, and the generator is put
+back. Some steps may still run when ``generate`` returns: who goes on with the same cache on another stream has to wait for this
+one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 
 import torch
 
+from llmopt.runtime.sampling import drawn
 from llmopt.runtime.step import DecodeStep
 
 # kinds of devices that run while the host goes on
@@ -31,8 +33,9 @@ class Ahead:
     def __init__(self, step: DecodeStep, tokens: torch.Tensor) -> None:
         self._step = step
         step.ids.copy_(tokens)
-        self._ring = _Ring(step.ids, MOST_IN_FLIGHT)
-        self._flying: deque[int] = deque()
+        self._ring = _Ring(step.chosen, MOST_IN_FLIGHT)
+        # places, and where the generator stood before those tokens were drawn
+        self._flying: deque[tuple[int, torch.Tensor | None]] = deque()
         self._launched = 0
 
     def next(self, most: int) -> torch.Tensor:
@@ -40,14 +43,27 @@ class Ahead:
 
         Args:
             most: steps that there is room for from the first one not read yet, at least 1.
+
+        Raises:
+            RuntimeError: no token can be drawn, for logits are not finite.
         """
+        step = self._step
         while len(self._flying) < min(MOST_IN_FLIGHT, most):
-            self._step.run()
+            state = step.sampling.state() if step.sampling is not None and step.sampled else None
+            step.run()
             place = self._launched % MOST_IN_FLIGHT
-            self._ring.put(place, self._step.ids)
-            self._flying.append(place)
+            self._ring.put(place, step.chosen)
+            self._flying.append((place, state))
             self._launched += 1
-        return self._ring.get(self._flying.popleft())
+        return drawn(self._ring.get(self._flying.popleft()[0]))
+
+    def end(self) -> None:
+        """Nobody reads further: the generator is put back to where it would stand without the steps in flight."""
+        if self._flying and self._step.sampling is not None:
+            state = self._flying[0][1]
+            if state is not None:
+                self._step.sampling.restore(state)
+        self._flying.clear()
 
 
 class _Ring:

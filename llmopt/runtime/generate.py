@@ -12,11 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-from llmopt.runtime.ahead import AHEAD, Ahead
 from llmopt.runtime.cache import CACHE, KVCache
+from llmopt.runtime.decoding import Decoding
 from llmopt.runtime.engine import Engine
-from llmopt.runtime.finish import Finish, only_delays_end
-from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup, Speculation
+from llmopt.runtime.lookup import COUNTS, MOST_GUESSES, Lookup
 from llmopt.runtime.masks import rope_positions, visible_tokens
 from llmopt.runtime.step import DecodeStep
 
@@ -165,7 +164,7 @@ class Generation:
                 streamer=streamer, **more, **model_kwargs,
             )  # fmt: skip
         lookup = _lookup_of(generation_config) if asked else self.lookup
-        loop = _Loop(self.engine(), cache, input_ids, model_kwargs, generation_config)
+        loop = Decoding(self.engine(), cache, input_ids, model_kwargs, generation_config)
         if lookup is not None and len(input_ids) == 1:
             loop.lookup, loop.counts = lookup, self.lookup_counts
         result = loop.run(logits_processor, stopping_criteria, streamer)
@@ -261,148 +260,3 @@ def _uncovered(config: Any, synced_gpus: bool, ids: torch.Tensor, kwargs: dict[s
         if given.shape[-1] > ids.shape[1] or not bool((given == usual[:, -given.shape[-1] :]).all()):
             return "positions of the caller's own"
     return visible_tokens(kwargs.get("attention_mask"), ids.shape[1] - cache.length, cache)[0]
-
-
-class _Loop:
-    """One call of ``sample``. ``plain``: it takes the largest logit, and nobody looks at the others."""
-
-    def __init__(
-        self, engine: Engine, cache: KVCache, input_ids: torch.Tensor, kwargs: dict[str, Any], config: Any
-    ) -> None:
-        self.engine, self.cache, self.config = engine, cache, config
-        self.prompt = input_ids.shape[1]
-        self.ids, self.length = input_ids, self.prompt
-        self.mask = kwargs.get("attention_mask")
-        self.scores: list[torch.Tensor] = []
-        self.logits: list[torch.Tensor] = []
-        self.lookup: Lookup | None = None
-        self.counts: dict[str, int] = {}
-        self.speculation: Speculation | None = None
-        # greedy choice of the last logits, where a step has made it
-        self.choice: torch.Tensor | None = None
-        # steps run ahead of this loop, which has the tokens on the CPU then
-        self.ahead: Ahead | None = None
-        self.device = input_ids.device
-
-    @torch.no_grad()
-    def run(self, processors: Any, criteria: Any, streamer: Any) -> Any:
-        config = self.config
-        limit = min((c.max_length for c in criteria if hasattr(c, "max_length")), default=None)
-        if limit is None:
-            limit = self.prompt + 4096
-        buffer = torch.empty(self.ids.shape[0], max(limit, self.prompt + 1), dtype=torch.int64, device=self.ids.device)
-        buffer[:, : self.prompt] = self.ids
-        self.ids = buffer
-        logits = self.engine.prefill(self.ids[:, : self.prompt], self.mask, self.cache)
-        self.plain = not config.do_sample and not config.return_dict_in_generate and only_delays_end(processors)
-        self.step = self._step(limit)
-        if self.lookup is not None:
-            known = self.ids[0, : self.prompt].tolist()
-            self.speculation = Speculation(self.engine, self.step, self.lookup, known, self.counts)
-        finish = Finish(criteria, config, buffer)
-        if self._may_run_ahead(finish):
-            self.choice, self.ids = logits.argmax(-1).cpu(), buffer.cpu()
-            finish = Finish(criteria, config, self.ids)
-            self.ahead = Ahead(self.step, self.choice)
-        while True:
-            tokens = (logits.argmax(-1) if self.choice is None else self.choice) if self.plain else None
-            if tokens is None or (len(processors) and finish.holds_end(tokens)):
-                tokens = self._choose(logits, processors)
-            tokens = finish.pad(tokens)
-            if self.length == self.ids.shape[1]:
-                self.ids = finish.ids = torch.cat([self.ids, torch.empty_like(self.ids)], -1)
-            self.ids[:, self.length] = tokens
-            self.length += 1
-            done = finish.after(tokens, self.length, tuple(self.scores) or None)
-            if streamer is not None:
-                streamer.put(tokens.cpu())  # as transformers does: a streamer reads them
-            if done:
-                break
-            logits = self._decode(tokens)
-        if streamer is not None:
-            streamer.end()
-        self.cache.step = None
-        return self._result()
-
-    def _may_run_ahead(self, finish: Finish) -> bool:
-        """True where nobody needs a token before the step after it can begin, and the device runs by itself."""
-        return self.plain and self.device.type in AHEAD and self.speculation is None and finish.looks_at_tokens_alone
-
-    def _step(self, limit: int) -> DecodeStep:
-        self.cache.reserve(min(limit, self.prompt + 4096) + 1)
-        step: DecodeStep | None = getattr(self.cache, "step", None)
-        if step is None or not step.fits(self.cache, self.engine) or step.greedy != self.plain:
-            step = DecodeStep(self.engine, self.cache, greedy=self.plain)
-        step.start(self.cache.length - self.cache.start)
-        return step
-
-    def _choose(self, logits: torch.Tensor, processors: Any) -> torch.Tensor:
-        config = self.config
-        keep = config.return_dict_in_generate
-        if self.ahead is not None:
-            logits = self._run_again(logits)
-        elif self.choice is not None:
-            (self.step if self.speculation is None else self.speculation.last).complete()
-        raw = logits if self.choice is None else logits.clone()  # a step's are gone with the next one
-        scores: torch.Tensor = processors(
-            self.ids[:, : self.length].to(raw.device), raw.clone() if keep and config.output_logits else raw
-        )
-        if keep and config.output_scores:
-            self.scores.append(scores)
-        if keep and config.output_logits:
-            self.logits.append(raw)
-        if config.do_sample:
-            return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        if self.ahead is None:
-            return scores.argmax(-1)
-        tokens = scores.argmax(-1).cpu()
-        self.step.start(self.cache.length - self.cache.start)
-        self.ahead = Ahead(self.step, tokens)
-        return tokens
-
-    def _run_again(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits that the next token is chosen from, which steps that ran ahead have overwritten."""
-        if self.length == self.prompt:
-            return logits
-        self.cache.length = self.length - 1
-        self.step.start(self.cache.length - self.cache.start)
-        self.step.ids.copy_(self.ids[:, self.length - 1])
-        self.step.run()
-        self.step.complete()
-        self.cache.length = self.length
-        return self.step.logits
-
-    def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        cache = self.cache
-        if self.length > cache.capacity:
-            cache.reserve(self.length)
-            self.step = self._step(self.length)
-            if self.speculation is not None:
-                self.speculation.moved_to(self.step)
-            if self.ahead is not None:
-                self.ahead = Ahead(self.step, tokens)
-        if self.ahead is not None:
-            logits = self.step.logits
-            # the last token of all is not decoded any further
-            self.choice = self.ahead.next(max(1, min(cache.capacity, self.ids.shape[1] - 1) - self.length + 1))
-        elif self.speculation is not None:
-            room = min(cache.capacity, self.ids.shape[1] - 1) - self.length
-            logits, self.choice = self.speculation.decode(tokens, room)
-        else:
-            if tokens is not self.step.ids:
-                self.step.ids.copy_(tokens)
-            self.step.run()
-            logits, self.choice = self.step.logits, self.step.ids
-        cache.length = self.length
-        return logits
-
-    def _result(self) -> Any:
-        ids = self.ids[:, : self.length].to(self.device, copy=True)
-        if not self.config.return_dict_in_generate:
-            return ids
-        from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-        return GenerateDecoderOnlyOutput(
-            sequences=ids, scores=tuple(self.scores) if self.config.output_scores else None,
-            logits=tuple(self.logits) if self.config.output_logits else None, **{CACHE: self.cache},
-        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One decode step as a recorded program: token in, the greedy next token and logits out.
+"""One decode step as a recorded program: token in, logits and the next token out, the largest or one that is drawn.
 
 A step takes one token of each sequence of a batch, or several of a single sequence (to verify tokens that were guessed).
 """
@@ -12,8 +12,9 @@ from llmopt.ops.next_token import advance, next_token
 from llmopt.runtime.blocks import Context, Workspace
 from llmopt.runtime.cache import KVCache
 from llmopt.runtime.engine import Engine
-from llmopt.runtime.program import Program
+from llmopt.runtime.program import Program, Recorded
 from llmopt.runtime.rows import Rows
+from llmopt.runtime.sampling import Sampling, Settings
 
 
 class DecodeStep:
@@ -23,13 +24,16 @@ class DecodeStep:
         engine: the model.
         cache: of S sequences; it must not grow while the step is in use.
         tokens: M, of each sequence; more than one only where S is one.
-        greedy: logits are seldom asked for, so the head may be screened.
+        greedy: as of :meth:`choose_by`.
 
     Attributes:
-        ids: ``[S * M]`` int64, the tokens to decode next, the last one first. A run replaces each by the greedy choice of
-            what follows it.
+        ids: ``[S * M]`` int64, the tokens to decode next, the last one first. A run replaces each by what it has chosen to
+            follow it.
         logits: ``[S * M, V]`` float32, of the last run, in the same order; of a greedy step only after :meth:`complete`.
         hidden: ``[S * M, H]`` float32 of the last run, as the engine's ``decode`` gives them.
+        sampling: what tokens are drawn with, once a call has asked for that.
+        sampled: tokens are drawn now.
+        screened: the head is screened now.
         wider: steps of more tokens over the same cache, by M; whoever needs one makes it.
     """
 
@@ -39,8 +43,7 @@ class DecodeStep:
         self.tokens, self.wider = tokens, dict[int, DecodeStep]()
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logits = torch.empty(rows, engine.vocab_size, device=device)
-        self.greedy = greedy
-        self._engine, self.screened = engine, greedy and engine.screens(rows)
+        self._engine = engine
         # the last token first: attention takes tokens that follow each other for one run, and cuts that run's keys in
         # another way than a single token's. So each is a run of its own, with the numbers it has when decoded alone.
         self._ahead = torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device=device).repeat(cache.sequences)
@@ -50,8 +53,35 @@ class DecodeStep:
             torch.zeros(rows, dtype=torch.int32, device=device),
         )
         self.rope = engine.rope(cache.capacity)
-        self.hidden = torch.empty(rows, engine.hidden_size, device=device)
-        self._program = engine.program(self)
+        self.hidden = self._embedded = torch.empty(rows, engine.hidden_size, device=device)
+        self.sampling: Sampling | None = None
+        # by how the token is chosen, each recorded when first needed; with its hidden states
+        self._programs = dict[tuple[bool, bool], tuple[Recorded, torch.Tensor]]()
+        self.choose_by(greedy=greedy)
+
+    def choose_by(self, *, greedy: bool = False, settings: Settings | None = None) -> None:
+        """How runs choose tokens from now on: the largest logit, or, with ``settings``, one that is drawn.
+
+        Args:
+            greedy: logits are seldom asked for, so the head may be screened.
+            settings: of the draw.
+        """
+        self.greedy, self.sampled = greedy, settings is not None
+        self.screened = greedy and not self.sampled and self._engine.screens(len(self.ids))
+        if settings is not None:
+            if self.sampling is None:
+                self.sampling = Sampling(len(self.ids), self._engine.vocab_size, self.ids.device)
+            self.sampling.use(settings)
+        kind = self.sampled, self.screened
+        if kind not in self._programs:
+            program = self._engine.program(self)
+            self._programs[kind] = program, self.hidden
+        self._program, self.hidden = self._programs[kind]
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """``[S * M]`` int64, what the last run has chosen; -1 where nothing could be drawn."""
+        return self.sampling.chosen if self.sampling is not None and self.sampled else self.ids
 
     def make_calls(self) -> object:
         """The op calls that a step consists of; what must be kept as long as they are."""
@@ -59,13 +89,20 @@ class DecodeStep:
         context = Context(self.rows, self.cache, self.rope, Workspace(engine.device, recorded=True))
         # the rows hold the last token's place; a step begins by moving on
         advance(self.rows.position, self.rows.slot)
-        self.hidden = engine.decode(self.ids, self.hidden, context)
+        self.hidden = engine.decode(self.ids, self._embedded, context)
         if self.screened:
             engine.greedy(self.hidden, self.ids)
         else:
             engine.logits(self.hidden, self.logits)
-            next_token(self.logits, self.ids)
+            self.choose_next()
         return context, self.cache.tensors(), self.cache.start
+
+    def choose_next(self) -> None:
+        """Tokens from the logits: the end of a step whose head is not screened."""
+        if self.sampling is not None and self.sampled:
+            self.sampling.choose(self.logits, self.ids)
+        else:
+            next_token(self.logits, self.ids)
 
     def complete(self) -> None:
         """Make sure that ``logits`` are those of the last run."""
@@ -97,6 +134,8 @@ class DecodeStep:
 
     def run(self) -> None:
         """Decode ``ids``. The caller has made sure that the cache has room."""
+        if self.sampling is not None and self.sampled:
+            self.sampling.renew()
         self._program.run()
 
     def profile(self, times: int) -> list[tuple[str, float]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from placed import Unplaced
 
 from benchmarks.gpu_check.answers import CPU_ONLY, tolerance
 from llmopt.ops import SPECS, device
@@ -60,6 +61,20 @@ def test_a_kernel_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: tor
     assert got.shape == expected.shape
     rtol, atol = tolerance(spec, dtype, expected)
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("name", sorted({*SPECS} - CPU_ONLY))
+def test_an_op_makes_its_tensors_where_its_inputs_are(name: str) -> None:
+    spec = SPECS[name]
+    for case in [c for c in spec.cases if not c.real][:4]:
+        inputs = spec.make_inputs(case, 1)
+        if spec.flops(**inputs) > MOST_WORK:
+            continue
+        with torch.no_grad(), device.interpreting(), Unplaced() as mode:
+            spec.run(**inputs)
+            if spec.torch_arguments is not None:
+                spec.torch_arguments(**inputs)
+        assert mode.found == []
 
 
 def test_blocks_chosen_by_time_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from placed import Unplaced
 
 from llmopt.models import resolve_model
 from llmopt.ops import device
@@ -19,18 +19,6 @@ from llmopt.passes.quantize_gptq.solver import solve
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is not 1")
-
-MAKERS = {
-    torch.zeros,
-    torch.ones,
-    torch.empty,
-    torch.full,
-    torch.arange,
-    torch.tensor,
-    torch.rand,
-    torch.randn,
-    torch.eye,
-}
 
 
 @pytest.mark.parametrize(("symmetric", "group_size"), [(True, 32), (False, 32), (True, -1)])
@@ -46,20 +34,6 @@ def test_the_solver_finds_as_good_codes_as_on_the_cpu(symmetric: bool, group_siz
     # one weight on the edge between two codes moves what follows it in its row
     assert (got.q == expected.q).float().mean() > 0.97
     torch.testing.assert_close(got.loss, expected.loss, rtol=0.01, atol=0)
-
-
-class Unplaced(TorchFunctionMode):
-    """Calls that make a tensor without saying on which device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in MAKERS and kwargs.get("device") is None:
-            self.found.append(f"{func.__name__}{args}")
-        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("options", [{}, {"sym": False, "group_size": -1}, {"head_bits": 4, "group_size": 32}], ids=str)

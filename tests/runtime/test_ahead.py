@@ -13,6 +13,7 @@ import llmopt
 from llmopt import native
 from llmopt.passes import FuseKernels
 from llmopt.runtime import ahead as ahead_module
+from llmopt.runtime import decoding as decoding_module
 from llmopt.runtime import generate as generate_module
 from llmopt.runtime.step import DecodeStep
 
@@ -36,7 +37,7 @@ class Seen:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Decode ahead on the CPU too; counts steps that are run."""
-    monkeypatch.setattr(generate_module, "AHEAD", {"cuda", "cpu"})
+    monkeypatch.setattr(decoding_module, "AHEAD", {"cuda", "cpu"})
     ran: list[int] = []
     run = DecodeStep.run
 
@@ -55,13 +56,15 @@ def fused(tiny: Any, family: str, **options: Any) -> Any:
 
 
 def both(model: Any, monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, **options: Any) -> tuple[Any, Any]:
-    """Tokens of a call one by one, and ahead; each with what its streamer was given."""
+    """Tokens of a call one by one, and ahead; each with what its streamer was given, and where the generator stands."""
     found = []
+    options = {"do_sample": False, "pad_token_id": 0, **options}
     for devices in ({"cuda"}, {"cuda", "cpu"}):
-        monkeypatch.setattr(generate_module, "AHEAD", devices)
+        monkeypatch.setattr(decoding_module, "AHEAD", devices)
         streamer = Seen() if len(ids) == 1 else None
-        out = model.generate(ids, do_sample=False, pad_token_id=0, streamer=streamer, **options)
-        found.append((out.tolist(), streamer and (streamer.tokens, streamer.ended)))
+        torch.manual_seed(3)
+        out = model.generate(ids, streamer=streamer, **options)
+        found.append((out.tolist(), streamer and (streamer.tokens, streamer.ended), torch.get_rng_state().tolist()))
     return found[0], found[1]
 
 
@@ -75,6 +78,34 @@ def test_tokens_are_those_of_decoding_one_by_one(
         want, got = both(model, monkeypatch, ids, max_new_tokens=count, eos_token_id=None)
         assert got == want
         assert len(got[0][0]) == 9 + count
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_drawn_tokens_are_those_of_drawing_one_by_one(
+    family: str, sequences: int, tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = fused(tiny, family), token_rows(sequences, 9)
+    for options in ({}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}):
+        asked = {"do_sample": True, "max_new_tokens": 30, **options}
+        want, got = both(model, monkeypatch, ids, eos_token_id=None, **asked)
+        assert got == want
+        # an end in between: what was drawn beyond is taken back
+        for at in (0, 2, 17):
+            ends = [row[9 + at] for row in want[0]]
+            want_short, got_short = both(model, monkeypatch, ids, eos_token_id=ends, **asked)
+            assert got_short == want_short
+            assert len(got_short[0][0]) < 39
+
+
+def test_a_model_that_gives_nan_is_an_error(tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen3", torch.float32)
+    model.model.norm.weight.data.fill_(torch.nan)
+    llmopt.optimize(model, passes=[FuseKernels()], measure=False)
+    for devices in ({"cuda"}, {"cuda", "cpu"}):
+        monkeypatch.setattr(decoding_module, "AHEAD", devices)
+        with pytest.raises(RuntimeError, match="probability tensor contains either `inf`, `nan`"):
+            model.generate(token_rows(1, 9), do_sample=True, max_new_tokens=5, pad_token_id=0, eos_token_id=None)
 
 
 def test_no_step_is_run_beyond_the_last_token(tiny: Any, token_rows: Any, steps: list[int]) -> None:
@@ -139,7 +170,7 @@ def test_a_cache_that_grows_meanwhile(
     tiny: Any, token_rows: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = fused(tiny, "qwen3"), token_rows(1, 9)
-    step, grown = generate_module._Loop._step, []
+    step, grown = decoding_module.Decoding._step, []
 
     def small(loop: Any, limit: int) -> DecodeStep:
         # as where a call may be longer than what is reserved for it
@@ -147,7 +178,7 @@ def test_a_cache_that_grows_meanwhile(
         grown.append(made.capacity)
         return made
 
-    monkeypatch.setattr(generate_module._Loop, "_step", small)
+    monkeypatch.setattr(decoding_module.Decoding, "_step", small)
     take = generate_module.Generation._take_cache
     monkeypatch.setattr(
         generate_module.Generation, "_take_cache", lambda self, sequences, capacity: take(self, sequences, 10)
@@ -165,17 +196,18 @@ def test_whoever_needs_tokens_at_once_gets_them_one_by_one(
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     model, ids = fused(tiny, "qwen3"), token_rows(1, 9)
-    monkeypatch.setattr(generate_module, "Ahead", lambda *args: pytest.fail("it must not run ahead"))
+    monkeypatch.setattr(decoding_module, "Ahead", lambda *args: pytest.fail("it must not run ahead"))
 
     class Never(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     for options in (
-        {"stopping_criteria": StoppingCriteriaList([Never()])}, {"do_sample": True}, {"repetition_penalty": 1.3},
+        {"stopping_criteria": StoppingCriteriaList([Never()])}, {"repetition_penalty": 1.3},
+        {"do_sample": True, "repetition_penalty": 1.3}, {"do_sample": True, "min_new_tokens": 3, "eos_token_id": 7},
         {"return_dict_in_generate": True, "output_logits": True}, {"prompt_lookup_num_tokens": 3},
     ):  # fmt: skip
-        model.generate(ids, max_new_tokens=6, pad_token_id=0, eos_token_id=None, **options)
+        model.generate(ids, max_new_tokens=6, pad_token_id=0, **{"eos_token_id": None, **options})
 
 
 class FakeCuda:

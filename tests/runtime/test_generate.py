@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList, logits_process
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -90,6 +91,10 @@ def test_large_batches_agree(family: str, sequences: int, fused: Any, token_rows
         {"repetition_penalty": 1.3},
         {"num_return_sequences": 3},
         {"temperature": 1.4, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "renormalize_logits": True},
+        {"temperature": 0.9, "top_k": 30, "typical_p": 0.8},
+        {"top_k": 0, "temperature": 1.3, "min_new_tokens": 9},
+        {"top_k": 0, "top_p": 0.7, "min_p": 0.01, "prompt_lookup_num_tokens": None},
     ],
     ids=lambda o: ",".join(o),
 )
@@ -104,6 +109,55 @@ def test_sampled_tokens_agree_under_one_seed(
         found.append(each.generate(prompt, attention_mask=torch.ones_like(prompt), **{**SAMPLED, **options}))
     assert torch.equal(*found)
     assert steps
+
+
+def test_a_step_draws_by_itself_and_serves_greedy_calls_too(
+    fused: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = fused("qwen3")
+    prompt = token_rows(2, 17)
+    usual = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    calls = [{**SAMPLED, **usual}, GREEDY, {**SAMPLED, "temperature": 1.5}, GREEDY, {**SAMPLED, **usual}]
+    expected = []
+    for options in calls:
+        torch.manual_seed(4)
+        expected.append(plain.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
+    for warper in ("Temperature", "TopK", "TopP", "MinP"):
+        kind = getattr(logits_process, f"{warper}LogitsWarper")
+        monkeypatch.setattr(kind, "__call__", lambda *_: pytest.fail("the step draws"))
+    recorded: list[DecodeStep] = []
+    program = Engine.program
+    monkeypatch.setattr(Engine, "program", lambda self, step: (recorded.append(step), program(self, step))[1])
+    for options, want in zip(calls, expected, strict=True):
+        torch.manual_seed(4)
+        assert torch.equal(model.generate(prompt, attention_mask=torch.ones_like(prompt), **options), want)
+    # one step over one cache, recorded once for each way of choosing
+    assert len(set(map(id, recorded))) == 1
+    assert len(recorded) == 2
+
+
+def test_a_processor_of_the_callers_own_sees_what_transformers_shows_it(fused: Any, token_rows: Any) -> None:
+    class Shown(logits_process.LogitsProcessor):
+        def __init__(self) -> None:
+            self.scores: list[torch.Tensor] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.scores.append(scores)
+            return scores.double() * 0.5
+
+    plain, model = fused("qwen3")
+    prompt, found = token_rows(1, 17), []
+    for each in (plain, model):
+        torch.manual_seed(4)
+        shown = Shown()
+        tokens = each.generate(
+            prompt, attention_mask=torch.ones_like(prompt), logits_processor=LogitsProcessorList([shown]),
+            **{**SAMPLED, "temperature": 0.8, "top_k": 20},
+        )  # fmt: skip
+        found.append((tokens, shown.scores))
+    (expected, wanted), (got, seen) = found
+    assert torch.equal(got, expected)
+    torch.testing.assert_close(torch.cat(seen), torch.cat(wanted), rtol=0, atol=1e-4)
 
 
 def test_scores_logits_and_cache_are_returned(fused: Any, token_rows: Any, steps: list[int]) -> None:

@@ -52,7 +52,7 @@ def make_inputs(case: Case, seed: int) -> Inputs:
 
 
 def _new_out(q: torch.Tensor) -> torch.Tensor:
-    return torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
+    return torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> torch.Tensor:

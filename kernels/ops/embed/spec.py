@@ -42,7 +42,7 @@ def run(ids: torch.Tensor, table: torch.Tensor, *, rows: int, cols: int, bits: i
         InputError: shapes or dtypes do not fit together.
         IndexError: an id is out of range.
     """
-    out = torch.empty(ids.shape[0], cols)
+    out = torch.empty(ids.shape[0], cols, device=ids.device)
     embed(ids, Weight(table.contiguous(), rows, cols, bits, group_size), out)
     return out
 
@@ -54,7 +54,7 @@ def run_reference(
 
 
 def torch_arguments(*, ids: torch.Tensor, cols: int, **rest: object) -> Inputs:
-    return {**rest, "ids": ids, "out": torch.empty(ids.shape[0], cols)}
+    return {**rest, "ids": ids, "out": torch.empty(ids.shape[0], cols, device=ids.device)}
 
 
 def bytes_moved(*, ids: torch.Tensor, table: torch.Tensor, rows: int, cols: int, bits: int, **_: object) -> int:

@@ -77,7 +77,7 @@ def weights_of(
 
 
 def _new_out(x: torch.Tensor, base: torch.Tensor | None, rows: Sequence[int], mode: Mode) -> torch.Tensor:
-    out = torch.empty(x.shape[0], rows[0] if mode == "swiglu" else sum(rows))
+    out = torch.empty(x.shape[0], rows[0] if mode == "swiglu" else sum(rows), device=x.device)
     return out if base is None else out.copy_(base)
 
 
@@ -115,7 +115,7 @@ def torch_arguments(
     asymmetric: list[bool], group_size: int, eps: float, mode: Mode, **tensors: torch.Tensor,
 ) -> Inputs:  # fmt: skip
     count = range(len(rows))
-    biases = [tensors.get(f"bias_{i}", torch.zeros(rows[i])) for i in count]
+    biases = [tensors.get(f"bias_{i}", torch.zeros(rows[i], device=x.device)) for i in count]
     return {
         "x": x,
         "norm": norm,

@@ -25,13 +25,13 @@ def run(logits: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: shapes or dtypes do not fit together.
     """
-    ids = torch.empty(logits.shape[0], dtype=torch.int64)
+    ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     next_token(logits, ids)
     return ids
 
 
 def torch_arguments(logits: torch.Tensor) -> Inputs:
-    return {"logits": logits, "ids": torch.empty(logits.shape[0], dtype=torch.int64)}
+    return {"logits": logits, "ids": torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)}
 
 
 def bytes_moved(logits: torch.Tensor) -> int:

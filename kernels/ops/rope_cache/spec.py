@@ -55,7 +55,7 @@ def _outputs(cache: torch.Tensor, qkv: torch.Tensor) -> tuple[torch.Tensor, torc
     """``(all, q, k, v)``: one flat tensor, and the op's outputs as views of it; k and v hold the cache's contents."""
     _, _, kv_heads, _, dim = cache.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    flat = torch.empty(qkv.shape[0] * heads * dim + cache.numel(), dtype=cache.dtype)
+    flat = torch.empty(qkv.shape[0] * heads * dim + cache.numel(), dtype=cache.dtype, device=cache.device)
     q, kv = flat[: -cache.numel()].view(-1, heads, dim), flat[-cache.numel() :].view(cache.shape)
     kv.copy_(cache)
     return flat, q, kv[0], kv[1]
