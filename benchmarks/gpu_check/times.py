@@ -16,6 +16,8 @@ from benchmarks.gpu_check.run import Run
 # rows and columns of Qwen3-8B: merged q/k/v, output, merged gate and up, down
 LINEARS = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
 TOKENS = (1, 4, 8, 16, 64, 256, 512, 4096)
+# as Qwen3's generation config has it
+SAMPLED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 SHAPES = ("qwen3-8b", "ernie-4.5-21b-a3b", "deepseek-v2-lite")
 
 
@@ -125,8 +127,8 @@ def time_candidates(run: Run) -> list[dict[str, Any]]:
 
 
 def time_shape(shape: str) -> Callable[[Run], dict[str, Any]]:
-    """Milliseconds a token of a shape in int4 with both passes, for 1 and 16 sequences, and of prefilling 4096; those of eager
-    bfloat16 for one sequence."""
+    """Milliseconds a token of a shape in int4 with both passes, for 1 and 16 sequences, largest and drawn, and of prefilling
+    4096; those of eager bfloat16 for one sequence."""
 
     def work(run: Run) -> dict[str, Any]:
         from llmopt.models import resolve_model
@@ -143,6 +145,7 @@ def time_shape(shape: str) -> Callable[[Run], dict[str, Any]]:
         for batch in (1, 16):
             prompt = torch.randint(5, 1000, (batch, 128), device=run.device)
             found[f"tpot_ms_{batch}"] = _tpot(model, prompt)
+            found[f"sampled_tpot_ms_{batch}"] = _tpot(model, prompt, **SAMPLED)
         long = torch.randint(5, 1000, (1, 4096), device=run.device)
         found["prefill_4096_ms"] = _first(model, long)
         del model, resolved
@@ -177,17 +180,20 @@ def eager_model(shape: str, device: torch.device) -> Any:
     return model
 
 
-def _first(model: Any, prompt: torch.Tensor, tokens: int = 1) -> float:
+def _first(model: Any, prompt: torch.Tensor, tokens: int = 1, **options: Any) -> float:
+    asked = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens, "min_new_tokens": tokens, **options}
+    if asked["do_sample"]:
+        # the end token is left alone: what forbids it has to run before the filters
+        asked |= {"min_new_tokens": None, "eos_token_id": None}
     times = []
     for _ in range(4):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
-                       do_sample=False, pad_token_id=0)  # fmt: skip
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **asked)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - began) * 1e3)
     return statistics.median(times[1:])
 
 
-def _tpot(model: Any, prompt: torch.Tensor, tokens: int = 129) -> float:
-    return (_first(model, prompt, tokens) - _first(model, prompt, 1)) / (tokens - 1)
+def _tpot(model: Any, prompt: torch.Tensor, tokens: int = 129, **options: Any) -> float:
+    return (_first(model, prompt, tokens, **options) - _first(model, prompt, 1, **options)) / (tokens - 1)

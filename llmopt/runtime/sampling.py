@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llmopt.ops.exponential_noise import exponential_noise
 from llmopt.ops.sample_token import sample_token
 
 
@@ -62,11 +63,11 @@ class Sampling:
 
     def use(self, settings: Settings) -> None:
         """Draw by these from now on."""
-        self._settings.copy_(torch.tensor(settings, dtype=torch.float32))
+        self._settings.copy_(torch.tensor(settings, dtype=torch.float32, device=self._settings.device))
 
     def renew(self) -> None:
         """Noise for the next token, from torch's generator, as ``torch.multinomial`` takes it for the same seed."""
-        self._noise.exponential_()
+        exponential_noise(self._noise, self._generator)
 
     def choose(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """Draw ``chosen`` from ``[S, V]`` float32; ``ids`` [S] int64 are the same, but tokens in any case."""

@@ -32,7 +32,7 @@ def test_everything_is_right_and_written_down(
     assert set(found["steps"]["passes"]) == {"ernie4_5, swap_flash_attention", "ernie4_5, fuse_kernels"}
     assert all(float(least) > FAMILY_COSINE for least in found["steps"]["passes"].values())
     assert found["steps"]["gptq"] == 2
-    assert found["steps"]["ahead"] == 3
+    assert found["steps"]["ahead"] == 5
     assert found["left_out"] == []
     assert "Right: " in (tmp_path / "a.md").read_text()
     assert "Least cosine of int4 logits" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from llmopt.runtime import latent, moe
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.latent import LatentBlock
 from llmopt.runtime.rows import Rows
+from llmopt.runtime.sampling import Settings
 from llmopt.runtime.step import DecodeStep
 
 triton = pytest.importorskip("triton")
@@ -67,7 +68,8 @@ def test_prefill_and_decode_agree_with_the_model(family: str, tiny: Any, token_r
 def test_int4_logits_agree_with_the_dequantized_model(family: str, tiny: Any, token_rows: Any) -> None:
     model = tiny(family, torch.float32)
     llmopt.optimize(model, ["quantize_gptq"], calibration=token_rows(2, 32), measure=False)
-    ids, tokens = token_rows(1, 9), token_rows(1, 2, seed=4)
+    # one further token: interpreted, each costs seconds
+    ids, tokens = token_rows(1, 9), token_rows(1, 1, seed=4)
     # each weight dequantized: what the ops stand for, with activations as they are
     with torch.no_grad(), mock.patch("llmopt.packed.uses_kernels", return_value=False):
         expected = model(torch.cat([ids, tokens], 1)).logits[:, 8:]
@@ -88,6 +90,24 @@ def test_generate_gives_the_tokens_of_the_model(family: str, fused: Any, token_r
     engine.changed()
     with device.interpreting():
         found = model.generate(ids, attention_mask=mask, **GREEDY)
+    engine.changed()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.2}], ids=str
+)
+def test_drawn_tokens_are_the_cpus(options: dict[str, Any], fused: Any, token_rows: Any) -> None:
+    plain, model = fused("qwen3")
+    ids = token_rows(2, 7)
+    asked = {**GREEDY, "do_sample": True, "attention_mask": torch.ones_like(ids), **options}
+    torch.manual_seed(2)
+    expected = plain.generate(ids, **asked)
+    engine = model.generate.__self__
+    engine.changed()
+    torch.manual_seed(2)
+    with device.interpreting():
+        found = model.generate(ids, **asked)
     engine.changed()
     assert torch.equal(found, expected)
 
@@ -138,7 +158,7 @@ def test_every_tensor_of_a_step_is_on_the_models_device(
         engine.embed(ids, h)
         engine.hidden(h, rows, cache, 5)
         monkeypatch.setattr(engine_module, "recorded", lambda step, graphs: step.make_calls())
-        DecodeStep(engine, cache)
+        DecodeStep(engine, cache).choose_by(settings=Settings(top_k=5))
     assert mode.seen > 100
 
 

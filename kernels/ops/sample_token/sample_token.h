@@ -15,10 +15,11 @@ struct SampleTokenKernels {
   void (*maxima)(const float* x, int64_t n, float* out);
   // the sum of e^((x - top) * scale) over each block
   void (*sums)(const float* x, int64_t n, float top, float scale, float* out);
-  // indices of x[0, n) that are at least `least`, in order; how many
-  int64_t (*at_least)(const float* x, int64_t n, float least, int32_t* out);
-  // index of the first largest e^((x - top) * scale) / noise, and that value
-  int64_t (*draw)(const float* x, const float* noise, int64_t n, float top, float scale, float* largest);
+  // those of a block x[0, n) that are at least `least`, in order; how many
+  int64_t (*at_least)(const float* x, int64_t n, float least, float* out);
+  // of a block x[0, n): index of the first largest e^((x - top) * scale) / noise among those that are at least `least`, if it
+  // is more than `largest`, which it then becomes; or else -1
+  int64_t (*draw)(const float* x, const float* noise, int64_t n, float top, float scale, float least, float* largest);
 };
 
 const SampleTokenKernels& sample_token_kernels_portable();

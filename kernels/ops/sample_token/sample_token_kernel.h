@@ -48,50 +48,33 @@ inline void sums(const float* x, int64_t n, float top, float scale, float* out) 
   }
 }
 
-inline int64_t at_least(const float* x, int64_t n, float least, int32_t* out) {
-  int64_t found = 0, i = 0;
-  const auto keep = [&](int64_t end) {
-    for (; i < end; ++i) {
-      if (x[i] >= least) out[found++] = static_cast<int32_t>(i);
-    }
-  };
-  while (i + 16 <= n) {
-    if (reduce_max(load(x + i)) >= least) {
-      keep(i + 16);
-    } else {
-      i += 16;
-    }
+inline int64_t at_least(const float* x, int64_t n, float least, float* out) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    out[found] = x[i];
+    found += x[i] >= least;
   }
-  keep(n);
   return found;
 }
 
-inline int64_t draw(const float* x, const float* noise, int64_t n, float top, float scale, float* largest) {
-  float held[kSampleBlock];
-  float best = -1.0f;
-  int64_t at = 0;
-  for (int64_t begin = 0; begin < n; begin += kSampleBlock) {
-    const int64_t count = std::min(kSampleBlock, n - begin);
-    F32x16 top_of_block = zero_f32();
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-      const F32x16 ratio = ratios(load(x + begin + i), load(noise + begin + i), top, scale);
-      store(held + i, ratio);
-      top_of_block = max(ratio, top_of_block);
-    }
-    float block = reduce_max(top_of_block);
-    if (i < count) {
-      const int rest = static_cast<int>(count - i);
-      float tail[16];
-      store(tail, ratios(load_n(x + begin + i, rest), load_n(noise + begin + i, rest), top, scale));
-      for (int j = 0; j < rest; ++j) held[i + j] = tail[j], block = tail[j] > block ? tail[j] : block;
-    }
-    if (!(block > best)) continue;
-    int64_t j = 0;
-    while (j + 1 < count && held[j] != block) ++j;
-    best = block, at = begin + j;
+inline int64_t draw(const float* x, const float* noise, int64_t n, float top, float scale, float least,
+                    float* largest) {
+  float held[kSampleBlock + 16];
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(held + i, ratios(load(x + i), load(noise + i), top, scale));
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    store(held + i, ratios(load_n(x + i, rest), load_n(noise + i, rest), top, scale));
   }
-  *largest = best;
+  for (int64_t j = 0; j < n; ++j) held[j] = x[j] >= least ? held[j] : 0.0f;
+  for (int64_t j = n; j % 16 != 0; ++j) held[j] = 0.0f;
+  F32x16 best = zero_f32();
+  for (int64_t j = 0; j < n; j += 16) best = max(load(held + j), best);
+  const float block = reduce_max(best);
+  if (!(block > *largest)) return -1;
+  *largest = block;
+  int64_t at = 0;
+  while (at + 1 < n && held[at] != block) ++at;
   return at;
 }
 
