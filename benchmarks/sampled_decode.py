@@ -115,9 +115,8 @@ def main() -> None:
     )
     print(text)
     if args.markdown:
-        command = (
-            f"python benchmarks/sampled_decode.py --shape {args.shape} --batches {args.batches} --rounds {args.rounds}"
-        )
+        size = f"--batches {args.batches} --tokens {args.tokens} --rounds {args.rounds}"
+        command = f"python benchmarks/sampled_decode.py --shape {args.shape} {size}"
         args.markdown.write_text(f"# Sampling, {args.shape}\n\n    {command}\n\n{text}")
     if args.json:
         args.json.write_text(json.dumps({"environment": captured, "samples": found}, indent=1) + "\n")

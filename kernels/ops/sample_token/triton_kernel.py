@@ -24,6 +24,9 @@ _ROW_BLOCK = 2048
 # weights have no floor here, but noise has one everywhere
 _LEAST_NOISE = tl.constexpr(1e-20)
 
+# whole numbers that a kernel is not compiled anew for
+_SIZES = ("vocab", "parts")
+
 _NOTHING = tl.constexpr(-0x80000000)
 
 
@@ -92,7 +95,7 @@ def _first_largest(chance, index):
     return best, tl.min(tl.where(chance == best, index, 0x7FFFFFFF))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _parts(
     logits, noise, settings, kept, places, counts, bounds, maxima, masses, chances, firsts, vocab, logits_stride,
     noise_stride, settings_stride, KEPT: tl.constexpr, BLOCK: tl.constexpr,
@@ -125,7 +128,7 @@ def _parts(
         tl.store(bounds + at, bound)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _choose(
     logits, noise, settings, kept, places, counts, bounds, maxima, masses, chances, firsts, ids, chosen, vocab, parts,
     logits_stride, noise_stride, settings_stride, KEPT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
