@@ -8,10 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from triton.errors import TritonError
 
-# what torch, TVM and Triton raise where something does not fit
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, TritonError)
+
+def failures() -> tuple[type[Exception], ...]:
+    """What torch, TVM and Triton raise where something does not fit."""
+    # imported late: whether it interprets its kernels, Triton asks when it is imported
+    from triton.errors import TritonError
+
+    return RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, TritonError
 
 
 class WrongAnswerError(AssertionError):
@@ -45,6 +49,6 @@ class Run:
         try:
             with torch.no_grad():
                 self.found["steps"][name] = work(self)
-        except FAILURES as error:
+        except failures() as error:
             self.found.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)

@@ -37,10 +37,12 @@ def _search(
     n, j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     inside = n < rows
     at_row = w + (batch * rows + n) * columns
-    low, high = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    # reduced after the loops: Triton 3.6 fails on a reduction in a loop whose result has two uses
+    lows, highs = tl.zeros((BLOCK_N, BLOCK_S), tl.float32), tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     for at in range(0, columns, BLOCK_S):
         x = tl.load(at_row[:, None] + at + j[None, :], mask=inside[:, None] & (at + j < columns)[None, :], other=0.0)
-        low, high = tl.minimum(low, tl.min(x, 1)), tl.maximum(high, tl.max(x, 1))
+        lows, highs = tl.minimum(lows, x), tl.maximum(highs, x)
+    low, high = tl.min(lows, 1), tl.max(highs, 1)
     if SYMMETRIC:
         cover = 2.0 * tl.maximum(-low, high) / TOP
         zero = tl.full((BLOCK_N,), (TOP + 1) / 2, tl.float32)
@@ -50,13 +52,14 @@ def _search(
     best, least = tl.full((BLOCK_N,), 1.0, tl.float32), tl.full((BLOCK_N,), float("inf"), tl.float32)
     for i in range(tried):
         scale = _stored(cover * tl.load(shares + i))
-        error = tl.zeros((BLOCK_N,), tl.float32)
+        squares = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
         for at in range(0, columns, BLOCK_S):
             here = at + j < columns
             x = tl.load(at_row[:, None] + at + j[None, :], mask=inside[:, None] & here[None, :], other=0.0)
             counts = tl.load(importance + batch * columns + at + j, mask=here, other=0.0)
             difference = (_codes(x, scale[:, None], zero[:, None], TOP) - zero[:, None]) * scale[:, None] - x
-            error += tl.sum(difference * difference * counts[None, :], 1)
+            squares += difference * difference * counts[None, :]
+        error = tl.sum(squares, 1)
         better = error < least
         best, least = tl.where(better, scale, best), tl.where(better, error, least)
     tl.store(scales + batch * rows + n, best, mask=inside)

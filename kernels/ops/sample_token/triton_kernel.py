@@ -186,7 +186,7 @@ def _among_kept(
         least = tl.maximum(least, _threshold(ordered, tl.where(ordered >= least, weight, 0.0), p * mass))
     least = tl.minimum(least, _ordered(largest))
     # what min_p drops for certain; weights themselves decide
-    light = _ordered(largest + (tl.log(tl.maximum(min_p, 1e-38)) - 1e-3) / scale)
+    light = _ordered(largest + (tl.log(tl.maximum(min_p, 1e-37)) - 1e-3) / scale)
     light = tl.where((min_p > 0) & (min_p <= 1), light, tl.where(min_p > 1, _ordered(largest), _NOTHING))
     if complete & (tl.maximum(least, light) > bound):
         keep = (ordered >= least) & ((weight >= min_p) | (x == largest))
