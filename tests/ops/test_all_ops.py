@@ -20,7 +20,7 @@ from llmopt.ops.spec import Case, Inputs, OpSpec
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 
 SMALL = {name: [c for c in spec.cases if not c.real] for name, spec in SPECS.items()}
-FLOAT32_ONLY = {"next_token"}
+FLOAT32_ONLY = {"next_token", "sample_token"}
 HEAVY_WEIGHTS, HEAVY_TOKENS = 50_000_000, 512
 
 
