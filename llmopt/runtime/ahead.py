@@ -49,7 +49,7 @@ class Ahead:
         """
         step = self._step
         while len(self._flying) < min(MOST_IN_FLIGHT, most):
-            state = step.sampling.state() if step.sampling is not None and step.sampled else None
+            state = None if step.sampling is None else step.sampling.state()
             step.run()
             place = self._launched % MOST_IN_FLIGHT
             self._ring.put(place, step.chosen)
@@ -59,10 +59,9 @@ class Ahead:
 
     def end(self) -> None:
         """Nobody reads further: the generator is put back to where it would stand without the steps in flight."""
-        if self._flying and self._step.sampling is not None:
-            state = self._flying[0][1]
-            if state is not None:
-                self._step.sampling.restore(state)
+        state = self._flying[0][1] if self._flying else None
+        if state is not None and self._step.sampling is not None:
+            self._step.sampling.restore(state)
         self._flying.clear()
 
 

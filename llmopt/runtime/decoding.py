@@ -165,10 +165,12 @@ class Decoding:
     def _step(self, limit: int) -> DecodeStep:
         self.cache.reserve(min(limit, self.prompt + 4096) + 1)
         step: DecodeStep | None = getattr(self.cache, "step", None)
+        settings = self.settings if self.in_step else None
         if step is None or not step.fits(self.cache, self.engine):
-            step = DecodeStep(self.engine, self.cache, greedy=self.plain)
-        step.choose_by(greedy=self.plain, settings=self.settings if self.in_step else None)
-        if self.in_step and step.sampling is not None:
+            step = DecodeStep(self.engine, self.cache, greedy=self.plain, settings=settings)
+        else:
+            step.choose_by(greedy=self.plain, settings=settings)
+        if step.sampling is not None:
             self.sampling = step.sampling
         step.start(self.cache.length - self.cache.start)
         return step

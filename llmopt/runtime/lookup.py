@@ -202,8 +202,9 @@ class Speculation:
         """The step of several tokens; it is recorded when first needed, and kept with that of one."""
         steps = self.step.wider
         if tokens not in steps:
-            steps[tokens] = DecodeStep(self._engine, self.step.cache, tokens)
-        steps[tokens].choose_by(greedy=self.step.greedy)
+            steps[tokens] = DecodeStep(self._engine, self.step.cache, tokens, self.step.greedy)
+        elif steps[tokens].greedy != self.step.greedy:
+            steps[tokens].choose_by(greedy=self.step.greedy)
         return steps[tokens]
 
 

@@ -24,20 +24,21 @@ class DecodeStep:
         engine: the model.
         cache: of S sequences; it must not grow while the step is in use.
         tokens: M, of each sequence; more than one only where S is one.
-        greedy: as of :meth:`choose_by`.
+        greedy, settings: as of :meth:`choose_by`.
 
     Attributes:
         ids: ``[S * M]`` int64, the tokens to decode next, the last one first. A run replaces each by what it has chosen to
             follow it.
         logits: ``[S * M, V]`` float32, of the last run, in the same order; of a greedy step only after :meth:`complete`.
         hidden: ``[S * M, H]`` float32 of the last run, as the engine's ``decode`` gives them.
-        sampling: what tokens are drawn with, once a call has asked for that.
-        sampled: tokens are drawn now.
+        sampling: what tokens are drawn with now; None: the largest logit is taken.
         screened: the head is screened now.
         wider: steps of more tokens over the same cache, by M; whoever needs one makes it.
     """
 
-    def __init__(self, engine: Engine, cache: KVCache, tokens: int = 1, greedy: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, cache: KVCache, tokens: int = 1, greedy: bool = False, settings: Settings | None = None
+    ) -> None:
         rows, device = cache.sequences * tokens, engine.device
         self.cache, self.capacity, self.threads = cache, cache.capacity, torch.get_num_threads()
         self.tokens, self.wider = tokens, dict[int, DecodeStep]()
@@ -54,10 +55,11 @@ class DecodeStep:
         )
         self.rope = engine.rope(cache.capacity)
         self.hidden = self._embedded = torch.empty(rows, engine.hidden_size, device=device)
-        self.sampling: Sampling | None = None
+        # what programs that draw have recorded, kept for the next call that does
+        self._sampling: Sampling | None = None
         # by how the token is chosen, each recorded when first needed; with its hidden states
         self._programs = dict[tuple[bool, bool], tuple[Recorded, torch.Tensor]]()
-        self.choose_by(greedy=greedy)
+        self.choose_by(greedy=greedy, settings=settings)
 
     def choose_by(self, *, greedy: bool = False, settings: Settings | None = None) -> None:
         """How runs choose tokens from now on: the largest logit, or, with ``settings``, one that is drawn.
@@ -66,13 +68,14 @@ class DecodeStep:
             greedy: logits are seldom asked for, so the head may be screened.
             settings: of the draw.
         """
-        self.greedy, self.sampled = greedy, settings is not None
-        self.screened = greedy and not self.sampled and self._engine.screens(len(self.ids))
+        self.greedy, self.sampling = greedy, None
+        self.screened = greedy and settings is None and self._engine.screens(len(self.ids))
         if settings is not None:
-            if self.sampling is None:
-                self.sampling = Sampling(len(self.ids), self._engine.vocab_size, self.ids.device)
+            if self._sampling is None:
+                self._sampling = Sampling(len(self.ids), self._engine.vocab_size, self.ids.device)
+            self.sampling = self._sampling
             self.sampling.use(settings)
-        kind = self.sampled, self.screened
+        kind = self.sampling is not None, self.screened
         if kind not in self._programs:
             program = self._engine.program(self)
             self._programs[kind] = program, self.hidden
@@ -81,7 +84,7 @@ class DecodeStep:
     @property
     def chosen(self) -> torch.Tensor:
         """``[S * M]`` int64, what the last run has chosen; -1 where nothing could be drawn."""
-        return self.sampling.chosen if self.sampling is not None and self.sampled else self.ids
+        return self.ids if self.sampling is None else self.sampling.chosen
 
     def make_calls(self) -> object:
         """The op calls that a step consists of; what must be kept as long as they are."""
@@ -99,10 +102,10 @@ class DecodeStep:
 
     def choose_next(self) -> None:
         """Tokens from the logits: the end of a step whose head is not screened."""
-        if self.sampling is not None and self.sampled:
-            self.sampling.choose(self.logits, self.ids)
-        else:
+        if self.sampling is None:
             next_token(self.logits, self.ids)
+        else:
+            self.sampling.choose(self.logits, self.ids)
 
     def complete(self) -> None:
         """Make sure that ``logits`` are those of the last run."""
@@ -134,7 +137,7 @@ class DecodeStep:
 
     def run(self) -> None:
         """Decode ``ids``. The caller has made sure that the cache has room."""
-        if self.sampling is not None and self.sampled:
+        if self.sampling is not None:
             self.sampling.renew()
         self._program.run()
 

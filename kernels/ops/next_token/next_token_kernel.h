@@ -4,6 +4,7 @@
 
 #include "next_token.h"
 #include "simd_math.h"
+#include "block_maximum.h"
 
 namespace llmopt::LLMOPT_ISA {
 
@@ -15,24 +16,14 @@ inline int64_t argmax(const float* x, int64_t n, float* largest) {
   int64_t at = 0;
   for (int64_t begin = 0; begin < n; begin += kArgmaxBlock) {
     const int64_t end = begin + kArgmaxBlock < n ? begin + kArgmaxBlock : n;
-    F32x16 best = set1(-INFINITY);
-    I32x16 bits = zero_i32();
-    int64_t i = begin;
-    for (; i + 16 <= end; i += 16) {
-      const F32x16 values = load(x + i);
-      // max returns its second operand where one is NaN; the bits keep it
-      best = max(values, best), bits = max(bits, abs_bits(values));
-    }
-    float block = reduce_max(best);
-    bool nan = reduce_max(bits) > 0x7f800000;
-    for (; i < end; ++i) block = x[i] > block ? x[i] : block, nan = nan || std::isnan(x[i]);
-    if (nan) {
+    const BlockMaximum block = block_maximum(x + begin, end - begin);
+    if (block.nan) {
       for (at = begin; !std::isnan(x[at]);) ++at;
       *largest = x[at];
       return at;
     }
-    if (!(block > top)) continue;
-    top = block;
+    if (!(block.value > top)) continue;
+    top = block.value;
     for (at = begin; x[at] != top;) ++at;
   }
   *largest = top;

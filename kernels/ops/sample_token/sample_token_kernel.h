@@ -5,24 +5,14 @@
 
 #include "sample_token.h"
 #include "simd_math.h"
+#include "block_maximum.h"
 
 namespace llmopt::LLMOPT_ISA {
 
 inline void maxima(const float* x, int64_t n, float* out) {
   for (int64_t begin = 0; begin < n; begin += kSampleBlock) {
-    const int64_t end = std::min(begin + kSampleBlock, n);
-    F32x16 best = set1(-INFINITY);
-    I32x16 bits = zero_i32();
-    int64_t i = begin;
-    for (; i + 16 <= end; i += 16) {
-      const F32x16 values = load(x + i);
-      // max returns its second operand where one is NaN; the bits keep it
-      best = max(values, best), bits = max(bits, abs_bits(values));
-    }
-    float largest = reduce_max(best);
-    bool nan = reduce_max(bits) > 0x7f800000;
-    for (; i < end; ++i) largest = x[i] > largest ? x[i] : largest, nan = nan || std::isnan(x[i]);
-    out[begin / kSampleBlock] = nan ? NAN : largest;
+    const BlockMaximum block = block_maximum(x + begin, std::min(kSampleBlock, n - begin));
+    out[begin / kSampleBlock] = block.nan ? NAN : block.value;
   }
 }
 

@@ -42,7 +42,7 @@ def run(logits: torch.Tensor, noise: torch.Tensor, settings: torch.Tensor) -> to
     Raises:
         InputError: shapes or dtypes do not fit together.
     """
-    ids, chosen = (torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device) for _ in range(2))
+    ids, chosen = _outputs(logits)
     sample_token(logits, noise, settings, ids, chosen)
     return torch.stack([ids, chosen])
 

@@ -2,7 +2,7 @@
 
 A filter is the largest threshold that enough logits, or weights of them, reach: found bit by bit, in a fixed order, without
 sorting. What a part has dropped is below its bound. Where a threshold falls under that of any part (many logits pass, which
-top-p alone may lead to), the row itself is searched in the same way, by one program, for some hundred microseconds.
+top-p alone may lead to), the row itself is searched in the same way, by one program.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class InductorEngine(StepEngine):
             torch._dynamo.mark_dynamic(tensor, dim)
         # what guards would look at: the code has it compiled in
         kind = (
-            len(step.ids), step.screened, step.sampled, torch.get_num_threads(), cache.sequences, cache.dtype, cache.head_dims,
-            len(cache.key_scales), step.rope.cos.shape[1],
+            len(step.ids), step.screened, step.sampling is None, torch.get_num_threads(), cache.sequences, cache.dtype,
+            cache.head_dims, len(cache.key_scales), step.rope.cos.shape[1],
         )  # fmt: skip
         if kind not in self._steps:
             # the model's own tensors do not change while the engine stands: no guard need look at them in every step.
@@ -57,9 +57,9 @@ class InductorEngine(StepEngine):
 
     def _whole(
         self, ids: torch.Tensor, position: torch.Tensor, seq: torch.Tensor, slot: torch.Tensor, cos: torch.Tensor,
-        sin: torch.Tensor, cache: Any, screened: bool, sampled: bool,
+        sin: torch.Tensor, cache: Any, screened: bool, largest: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """Hidden states, the next tokens, and logits where they are needed for those; sampled: ids as they were."""
+        """Hidden states, the next tokens, and logits where they are needed for those; ``ids`` where they are drawn later."""
         ctx = Context(Rows(position, seq, slot), cache, Rope(cos, sin, self._interleaved), Workspace(recorded=True))
         h = self.decode(ids, torch.empty(ids.shape[0], self.hidden_size), ctx)
         chosen = torch.empty_like(ids)
@@ -68,7 +68,7 @@ class InductorEngine(StepEngine):
             return h, chosen, None
         logits = torch.empty(ids.shape[0], self.vocab_size)
         self.logits(h, logits)
-        if sampled:
+        if not largest:
             return h, ids, logits
         next_token(logits, chosen)
         return h, chosen, logits
@@ -95,11 +95,11 @@ class _Calls:
             step.rows.slot += 1
             step.hidden, chosen, logits = self._function(
                 step.ids, step.rows.position, step.rows.seq, step.rows.slot, step.rope.cos, step.rope.sin, self._cache,
-                step.screened, step.sampled,
+                step.screened, step.sampling is None,
             )  # fmt: skip
             if logits is not None:
                 step.logits.copy_(logits)
-            if step.sampled:
-                step.choose_next()
-            else:
+            if step.sampling is None:
                 step.ids.copy_(chosen)
+            else:
+                step.choose_next()
