@@ -121,6 +121,25 @@ def tiny(_tiny_models: dict[tuple[str, torch.dtype], Any]) -> Callable[..., Any]
     return get
 
 
+@pytest.fixture
+def decided(tiny: Callable[..., Any]) -> Callable[..., Any]:
+    """``tiny``'s models, in which no rounding sends a token to other experts: where a router has biases, they decide.
+
+    A random router has near ties, and what rounds (int8, bfloat16) settles them in another way, which changes a token's
+    logits altogether: no bound on rounding holds then. Scores lie within 0 and 1, the biases here 4 apart.
+    """
+
+    def get(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
+        model = tiny(model_type, dtype)
+        generator = torch.Generator().manual_seed(0)
+        for name, bias in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(4.0 * torch.randperm(bias.numel(), generator=generator).view_as(bias))
+        return model
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def trained() -> Callable[[str], Any]:
     """``trained(model_type)``: a bundled trained checkpoint, read anew, in float32."""

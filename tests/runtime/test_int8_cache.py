@@ -27,9 +27,6 @@ every_family = pytest.mark.parametrize("family", [f.model_type for f in FAMILIES
 every_kind = pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
-# a random model of this family whose router's near ties go to other experts for a few tokens, and change those a lot
-TIES, NEARLY_ALL = "deepseek_v3", 0.9
-
 
 def fuse(model: Any, kv_dtype: str | None = "int8", **options: Any) -> Any:
     passes = [FuseKernels(kv_dtype=kv_dtype, **options)]
@@ -61,10 +58,10 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 @every_family
 def test_greedy_tokens_are_those_of_the_models_own_layers_over_such_a_cache(
-    family: str, tiny: Any, token_rows: Any, isa: str
+    family: str, decided: Any, token_rows: Any, isa: str
 ) -> None:
     """Random models have near ties, and queries are bfloat16 here: each token is one that may win there."""
-    plain, model = tiny(family), fuse(tiny(family))
+    plain, model = decided(family), fuse(decided(family))
     prompt = token_rows(4, 19, seed=5)
     mask = torch.ones_like(prompt)
     for row, count in enumerate((0, 7, 18, 3)):
@@ -75,8 +72,7 @@ def test_greedy_tokens_are_those_of_the_models_own_layers_over_such_a_cache(
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     expected = logits_of(plain, got, past_key_values=own_cache(plain, 4), **given)[:, 18:-1]
     short = expected.amax(-1) - expected.gather(-1, got[:, 19:, None])[..., 0]
-    share = NEARLY_ALL if family == TIES else 1.0
-    assert float(short.flatten().quantile(share)) <= 0.05 * float(expected.std())
+    assert float(short.max()) <= 0.05 * float(expected.std())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "ernie4_5_moe", "deepseek_v3"])
@@ -92,22 +88,17 @@ def test_tokens_of_a_trained_model_agree(family: str, trained: Any, token_rows: 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_logits_are_close_to_those_over_a_bf16_cache(
-    family: str, dtype: torch.dtype, tiny: Any, token_rows: Any
+    family: str, dtype: torch.dtype, decided: Any, token_rows: Any
 ) -> None:
     ids = token_rows(2, 40)
-    bf16, int8 = (logits_of(fuse(tiny(family, dtype), kind), ids) for kind in ("bf16", "int8"))
+    bf16, int8 = (logits_of(fuse(decided(family, dtype), kind), ids) for kind in ("bf16", "int8"))
     assert not torch.equal(int8, bf16)
-    if family != TIES:
-        assert off(int8, bf16) < 0.03
-        return
-    each = ((int8 - bf16).norm(dim=-1) / bf16.norm(dim=-1)).flatten()  # of a token
-    assert float(each.quantile(NEARLY_ALL)) < 0.05
-    assert float(each.mean()) < 0.1
+    assert off(int8, bf16) < 0.03
 
 
 @every_family
-def test_forward_without_a_cache_and_step_by_step_agree(family: str, tiny: Any, token_rows: Any) -> None:
-    model = fuse(tiny(family))
+def test_forward_without_a_cache_and_step_by_step_agree(family: str, decided: Any, token_rows: Any) -> None:
+    model = fuse(decided(family))
     ids = token_rows(2, 20)
     whole = logits_of(model, ids, use_cache=False)
     with torch.no_grad():
@@ -119,8 +110,8 @@ def test_forward_without_a_cache_and_step_by_step_agree(family: str, tiny: Any, 
 
 
 @every_family
-def test_own_layers_and_the_engine_take_turns(family: str, tiny: Any, token_rows: Any) -> None:
-    model = fuse(tiny(family))
+def test_own_layers_and_the_engine_take_turns(family: str, decided: Any, token_rows: Any) -> None:
+    model = fuse(decided(family))
     ids = token_rows(2, 20)
     whole = logits_of(model, ids)
     with torch.no_grad():
