@@ -102,7 +102,9 @@ def test_another_torch_draws_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "out", [torch.empty(4, dtype=torch.float64), torch.empty(4, 4).T[:2], torch.empty(8)[::2]], ids=str
+    "out",
+    [torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4).T[:2], torch.zeros(8)[::2]],
+    ids=["float64", "transposed", "strided"],
 )
 def test_a_bad_output_is_named_and_nothing_drawn(out: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(7)
