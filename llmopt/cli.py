@@ -159,7 +159,7 @@ def optimize(
     settings = _settings(
         passes, options, calibration, measure=_level(measure, measure_full), quality_budget=quality_budget, seed=seed
     )
-    opened = cli_models.open_model(directory)
+    opened = cli_models.open_model(directory, passes=None)
     with cli_output.progress() as on_event:
         model = llmopt.optimize(opened.model, strict=strict, on_event=on_event, **settings)
     # first of all the receipt: a full disk must not lose it
@@ -203,7 +203,7 @@ def bench(
     )
     if (model is None) == (shape is None) or (model is not None and layers is not None):
         raise InputError("bench: expected either --model DIR, or --shape NAME with or without --layers N")
-    subject = cli_models.open_model(model).model if model is not None else None
+    subject = cli_models.open_model(model, passes=None).model if model is not None else None
     with cli_output.progress() as on_event:
         if shape is not None:
             report = bench_shape(shape, num_layers=layers, on_event=on_event, **settings)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from llmopt.errors import CalibrationError, CheckpointError, InputError
 from llmopt.measure.report import Report
@@ -19,12 +18,13 @@ class Opened(NamedTuple):
     tokenizer: Any | None
 
 
-def open_model(directory: str | Path, *, eager: bool = False) -> Opened:
+def open_model(directory: str | Path, *, eager: bool = False, passes: Literal["saved"] | None = "saved") -> Opened:
     """Load a local checkpoint: what ``llmopt.save`` wrote, a GPTQ checkpoint, or a plain Hugging Face one.
 
     Args:
         directory: holds config.json and safetensors. Nothing is fetched, and no code from it is run.
         eager: load a plain checkpoint as the baseline is: by transformers, with eager attention and experts.
+        passes: as for ``llmopt.load``; None for a model that is to be optimized.
 
     Raises:
         InputError: no such directory, or quantized by another method.
@@ -45,7 +45,7 @@ def open_model(directory: str | Path, *, eager: bool = False) -> Opened:
         return Opened(_load_plain_eager(path), open_tokenizer(path))
     import llmopt
 
-    return Opened(llmopt.load(path).eval(), open_tokenizer(path))
+    return Opened(llmopt.load(path, passes=passes).eval(), open_tokenizer(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def select_passes(names: str | None, settings: list[str]) -> list[Any] | None:
             raise InputError.argument(
                 "--set", expected=f"PASS.OPTION=VALUE, PASS one of {', '.join(options)}", got=setting
             )
-        known = [field.name for field in dataclasses.fields(cast(Any, PASSES[name])) if field.init]
+        known = PASSES[name].option_names()
         if option not in known:
             raise InputError.argument(f"--set {name}", expected=f"one of {', '.join(known)}", got=option)
         options[name][option] = _literal(value)

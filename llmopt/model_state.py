@@ -1,8 +1,9 @@
-"""What llmopt knows of a model it has optimized, kept on that model, so that both go together."""
+"""What llmopt knows of a model it has optimized or loaded, kept on that model, so that both go together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmopt.errors import InputError
@@ -12,7 +13,7 @@ from llmopt.originals import Originals
 from llmopt.passes.base import Applied, Pass
 from llmopt.stages import Stages
 
-_ATTR = "_llmopt_state"
+_ATTR, _LOADED = "_llmopt_state", "_llmopt_loaded"
 
 
 @dataclass(slots=True)
@@ -37,6 +38,41 @@ def _nothing() -> None:
     """What a pickled state becomes."""
 
 
+@dataclass(slots=True)
+class Loaded:
+    """A model as :func:`llmopt.load` gave it. Nothing of it is undone: its checkpoint has the model without the passes."""
+
+    passes: dict[str, dict[str, Any]]  # name -> options, in run order: those in the weights, and those applied again
+    applied: dict[str, dict[str, Any]] = field(default_factory=dict)  # again, by load: name -> details
+    notes: list[str] = field(default_factory=list)  # for the receipt
+    recorded: dict[str, Any] | None = None  # the receipt saved with the checkpoint
+    _report: Report | None = None
+
+    def report(self) -> Report:
+        """The receipt that was saved, with what the passes do in this process as ``details``.
+
+        Raises:
+            InputError: none was saved, or by a version of llmopt with other receipts.
+        """
+        if self._report is None:
+            if self.recorded is None:
+                raise InputError(
+                    "model: loaded from a checkpoint without a receipt; llmopt.compare measures it as it is"
+                )
+            self._report = Report.from_json(json.dumps(self.recorded))
+            self._report.notes += [note for note in self.notes if note not in self._report.notes]
+            for row in self._report.passes:
+                row.details |= self.applied.get(row.name, {})
+        return self._report
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
+        # details that count are those of the model that was copied
+        return Loaded(self.passes, {name: {} for name in self.applied}, self.notes, self.recorded)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
 def is_optimized(model: Any) -> bool:
     """llmopt has optimized this very object, and not restored it."""
     return isinstance(getattr(model, "__dict__", {}).get(_ATTR), State)
@@ -51,6 +87,16 @@ def forget(model: Any) -> None:
     del vars(model)[_ATTR]
 
 
+def remember_loaded(model: Any, loaded: Loaded) -> None:
+    vars(model)[_LOADED] = loaded
+
+
+def loaded_from(model: Any) -> Loaded | None:
+    """What :func:`llmopt.load` did, if the model came from there."""
+    found = getattr(model, "__dict__", {}).get(_LOADED)
+    return found if isinstance(found, Loaded) else None
+
+
 def state_of(model: Any) -> State:
     """The state of an optimized model.
 
@@ -61,3 +107,12 @@ def state_of(model: Any) -> State:
         raise InputError("model: not optimized by llmopt in this process (or restored since)")
     state: State = vars(model)[_ATTR]
     return state
+
+
+def active_passes(model: Any) -> dict[str, dict[str, Any]]:
+    """What is done to the model now, in run order: name -> options, as a trial settled them."""
+    loaded = loaded_from(model)
+    active = {} if loaded is None else dict(loaded.passes)
+    if is_optimized(model):
+        active |= {item.name: {**item.options(), **applied.settled} for item, applied in state_of(model).kept}
+    return active

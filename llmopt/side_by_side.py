@@ -18,7 +18,7 @@ from llmopt.measure import ceilings, environment, quality, timing, traffic
 from llmopt.measure.comparison import Comparison, ComparisonRow
 from llmopt.measure.memory import module_bytes
 from llmopt.measure.report import Ceilings, Memory, Quality
-from llmopt.model_state import is_optimized, state_of
+from llmopt.model_state import active_passes, is_optimized, state_of
 from llmopt.models import resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.validate import check_runnable
@@ -294,7 +294,7 @@ def _describe(subject: _Subject) -> dict[str, Any]:
         "weights": _weights(model),
         "attention": config._attn_implementation,
         "experts": config._experts_implementation if plain_experts else None,
-        "passes": [item.name for item, _ in state_of(model).kept] if is_optimized(model) else [],
+        "passes": list(active_passes(model)),
         "random_weights": subject.random,
     }
 

@@ -10,28 +10,47 @@ from typing import Any, Literal
 import torch
 
 from llmopt import side_by_side
-from llmopt.errors import InputError
+from llmopt.errors import CheckpointError, InputError
 from llmopt.measure.comparison import Comparison
 from llmopt.measure.report import Report
-from llmopt.model_state import forget, is_optimized, state_of
+from llmopt.model_state import Loaded, active_passes, forget, is_optimized, loaded_from, remember_loaded, state_of
 from llmopt.models import resolve_model
-from llmopt.passes import choose
+from llmopt.passes import PASSES, choose
 from llmopt.passes.base import Event, Pass, PassContext
 
 _LOG = logging.getLogger("llmopt")
 
 
 def report(model: Any) -> Report:
-    """The receipt of an optimized model."""
-    return state_of(model).report
+    """The receipt of a model.
+
+    Args:
+        model: optimized by :func:`optimize`, or loaded from a checkpoint that :func:`save` wrote.
+
+    Returns:
+        The receipt: of a loaded model, the one saved with it, whose figures are of the environment named in it.
+
+    Raises:
+        InputError: the model is neither, or was saved without a receipt.
+    """
+    loaded = loaded_from(model)
+    return state_of(model).report if loaded is None or is_optimized(model) else loaded.report()
 
 
 def restore(model: Any) -> Any:
     """Undo every pass. The model is bit for bit what it was before :func:`optimize`; returns it.
 
     Raises:
-        InputError: the model is not optimized, or was loaded quantized (there is nothing to go back to).
+        InputError: the model is not optimized. One that was loaded with its passes is not: ``load(directory,
+            passes=None)`` gives it without them.
+        CheckpointError: the file that keeps the original weights is gone or damaged; nothing has been changed.
     """
+    loaded = loaded_from(model)
+    if loaded is not None and not is_optimized(model):
+        raise InputError(
+            "model: loaded, not optimized: there is nothing to go back to; llmopt.load(directory, passes=None) gives it "
+            "without what load applies"
+        )
     state = state_of(model)
     state.originals.bring_back()
     state.stages.as_given()
@@ -62,18 +81,21 @@ def save(
 
     # before the originals are read back from disk
     check_format("checkpoint_format", checkpoint_format)
+    passes = active_passes(model)
     if not is_optimized(model):
-        return checkpoint.save(model, directory, tokenizer=tokenizer, checkpoint_format=checkpoint_format)
-    state = state_of(model)
-    originals = {}
+        loaded = loaded_from(model)
+        receipt = loaded.report() if loaded is not None and loaded.recorded is not None else None
+        return checkpoint.save(
+            model, directory, tokenizer=tokenizer, passes=passes, report=receipt, checkpoint_format=checkpoint_format
+        )
+    state, originals = state_of(model), {}
     family = state.resolved.family
     for path, module in ((family.embedding, state.resolved.embedding), (family.head, state.resolved.head.module)):
         # a model loaded quantized has no originals; the writer then stores what the packed bytes stand for
         if isinstance(weight := getattr(module, "weight", None), torch.nn.Parameter):
             originals[f"{path}.weight"] = state.originals.tensor(weight)
-    applied = {p.name: {**p.options(), **done.settled} for p, done in state.kept}
     return checkpoint.save(
-        model, directory, tokenizer=tokenizer, originals=originals, passes=applied, report=state.report,
+        model, directory, tokenizer=tokenizer, originals=originals, passes=passes, report=state.report,
         checkpoint_format=checkpoint_format,
     )  # fmt: skip
 
@@ -90,41 +112,69 @@ def load(
             a sequence applies those; None applies nothing.
         device: where the weights go, tensor by tensor; packed ones are the same bytes on a GPU.
 
+    Returns:
+        The model, in eval mode. :func:`report` gives the receipt that was saved with it, :func:`save` writes it again.
+
     Raises:
         CheckpointError: names the file and what is wrong with it.
+        InputError: an unknown pass, or one that needs calibration, which is :func:`optimize`'s work.
     """
     from llmopt import checkpoint
+    from llmopt.checkpoint.manifest import MANIFEST
 
+    chosen = None if passes == "saved" else choose(passes or ())
+    if needy := [item.name for item in chosen or () if item.needs_calibration]:
+        raise InputError(
+            f"passes: expected those that need no calibration, got {needy[0]!r}; llmopt.optimize applies it"
+        )
+    recorded = checkpoint.recorded_passes(directory)
+    where = f"{Path(directory) / MANIFEST}: passes"
+    saved = _recorded_choice(recorded, where)
     model = checkpoint.load(directory, device=device)
-    recorded = checkpoint.recorded_passes(directory) if passes == "saved" else passes
-    again = [p for p in choose_recorded(recorded) if not p.needs_calibration]
-    if again:
-        _apply_unmeasured(model, again)
+    in_weights = {item.name: recorded[item.name] for item in saved if item.needs_calibration}
+    loaded = Loaded(in_weights, recorded=checkpoint.recorded_report(directory))
+    try:
+        again = [item for item in saved if not item.needs_calibration] if chosen is None else chosen
+        _apply_unmeasured(model, again, loaded)
+    except InputError as error:
+        if chosen is None:
+            raise CheckpointError(f"{where}: {error}") from error
+        raise
+    remember_loaded(model, loaded)
     return model
 
 
-def choose_recorded(recorded: Any) -> list[Pass]:
-    """Passes from names, objects, or the ``{name: options}`` of llmopt.json."""
-    from llmopt.passes import PASSES
+def _recorded_choice(recorded: Mapping[str, Mapping[str, Any]], where: str) -> list[Pass]:
+    chosen = []
+    for name, options in recorded.items():
+        if name not in PASSES:
+            raise CheckpointError(f"{where}: expected names among {', '.join(PASSES)}, got {name!r}")
+        known = PASSES[name].option_names()
+        if strange := [option for option in options if option not in known]:
+            raise CheckpointError(f"{where}: {name}: expected options among {', '.join(known)}, got {strange[0]!r}")
+        # JSON has no tuples, and a pass is hashable
+        values = {option: tuple(v) if isinstance(v, list) else v for option, v in options.items()}
+        try:
+            chosen.append(PASSES[name](**values))
+        except InputError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+    return choose(chosen)
 
-    if not isinstance(recorded, Mapping):
-        return choose(recorded or ())
-    unknown = [name for name in recorded if name not in PASSES]
-    if unknown:
-        raise InputError(f"llmopt.json: expected passes among {', '.join(PASSES)}, got {unknown[0]!r}")
-    return choose([PASSES[n](**{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()})
-                   for n, o in recorded.items()])  # fmt: skip
 
-
-def _apply_unmeasured(model: Any, passes: list[Pass]) -> None:
+def _apply_unmeasured(model: Any, passes: list[Pass], loaded: Loaded) -> None:
     resolved = resolve_model(model)
     ctx = PassContext(resolved, next(model.buffers()).device, lambda event: None, trials=False)
+    loaded.notes.append("loaded: figures are those saved with the checkpoint, of the environment named here")
     for item in passes:
         verdict = item.check(ctx)
         if not verdict.applies:
-            _LOG.warning("%s: not applied again: %s", item.name, verdict.reason)
+            loaded.notes.append(f"{item.name}: not applied again: {verdict.reason}")
+            _LOG.warning(loaded.notes[-1])
             continue
-        item.apply(ctx).patch.enable()
+        applied = item.apply(ctx)
+        applied.patch.enable()
+        loaded.passes[item.name] = {**item.options(), **applied.settled}
+        loaded.applied[item.name] = applied.details
 
 
 def compare(

@@ -185,6 +185,11 @@ class Pass(ABC):
         """The fields and their values, JSON-serialisable."""
         return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
 
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """What may be given when a pass of this kind is made."""
+        return [f.name for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
+
     @abstractmethod
     def check(self, ctx: PassContext) -> Verdict:
         """Decide without touching anything. Bad options raise InputError."""
