@@ -39,8 +39,15 @@ def bench_shape(
     Where the bf16 model fits, this is :func:`llmopt.optimize` on it. Where it does not, the model is built directly in
     int4, and the eager baseline is timed on as many bf16 layers as fit and scaled by layers; the receipt says so.
 
+    Args:
+        name: of the shape.
+        passes: as for :func:`llmopt.optimize`; None for all, compile_tvm with its rival timed beside it.
+        measure: as for :func:`llmopt.optimize`, as are ``on_event``, ``seed`` and ``settings``.
+        num_layers: only the first layers.
+
     Raises:
-        InputError: unknown shape; or it does not fit and the passes do not begin with quantize_gptq.
+        InputError: unknown shape; or it does not fit, and the passes do not begin with quantize_gptq or something is asked
+            for that random codes do not have.
     """
     chosen = with_rivals(passes)
     config = shapes.config_for(name)
@@ -56,7 +63,9 @@ def bench_shape(
             "or with num_layers= for its first layers only"
         )
     options = chosen[0]
-    model, applied = build_quantized(name, group_size=options.group_size, head_bits=options.head_bits or 8, seed=seed)
+    _check_direct(name, options, num_layers, settings)
+    assert options.head_bits is not None
+    model, applied = build_quantized(name, group_size=options.group_size, head_bits=options.head_bits, seed=seed)
     layers, fewer = _depths(config)
     baseline = ScaledBaseline(name, layers=layers, fewer=fewer, total=config.num_hidden_layers, seed=seed)
     loop.optimize_built(
@@ -67,6 +76,22 @@ def bench_shape(
     del model
     gc.collect()
     return report
+
+
+def _check_direct(name: str, options: QuantizeGptq, num_layers: int | None, settings: dict[str, Any]) -> None:
+    """What is asked for and cannot be had of a model that is built from random codes is an error, never left out."""
+    asked = {
+        "num_layers": num_layers is not None,
+        "sym=False": not options.sym,
+        "skip": bool(options.skip),
+        "head_bits=None": options.head_bits is None,
+        **{key: value not in (None, False) for key, value in settings.items()},
+    }
+    if named := [key for key, wanted in asked.items() if wanted]:
+        raise InputError(
+            f"shape: {name} does not fit into memory in bfloat16, and built in int4 from random codes it has no "
+            f"{', '.join(named)}"
+        )
 
 
 def with_rivals(passes: Sequence[str | Pass] | None) -> list[Pass]:

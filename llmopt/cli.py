@@ -161,7 +161,7 @@ def optimize(
     )
     opened = cli_models.open_model(directory, passes=None)
     with cli_output.progress() as on_event:
-        model = llmopt.optimize(opened.model, strict=strict, on_event=on_event, **settings)
+        model = llmopt.optimize(opened.model, tokenizer=opened.tokenizer, strict=strict, on_event=on_event, **settings)
     # first of all the receipt: a full disk must not lose it
     report = llmopt.report(model)
     _show(report.to_dict(), json, report.print)
@@ -199,8 +199,9 @@ def bench(
     if model is None and isolated_memory:
         raise InputError("bench: --isolated-memory loads checkpoints: expected --model DIR, got --shape")
     settings = _settings(
-        passes, options, calibration, measure=_level(True, measure_full), quality_budget=quality_budget, seed=seed
-    )
+        passes, options, calibration, measure=_level(True, measure_full), quality_budget=quality_budget, seed=seed,
+        rivals=True,
+    )  # fmt: skip
     if (model is None) == (shape is None) or (model is not None and layers is not None):
         raise InputError("bench: expected either --model DIR, or --shape NAME with or without --layers N")
     subject = cli_models.open_model(model, passes=None).model if model is not None else None
@@ -345,12 +346,13 @@ def _settings(
     measure: bool | str,
     quality_budget: float | None,
     seed: int,
+    rivals: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments of ``llmopt.optimize``, checked as far as that goes without a model."""
     from llmopt import cli_models
 
     return {
-        "passes": cli_models.select_passes(passes, options or []),
+        "passes": cli_models.select_passes(passes, options or [], rivals=rivals),
         "calibration": cli_models.read_calibration(calibration) if calibration is not None else None,
         "measure": measure,
         "quality_budget": quality_budget,

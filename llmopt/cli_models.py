@@ -127,12 +127,13 @@ def _is_text_or_ids(item: object) -> bool:
     return isinstance(item, str) or (isinstance(item, list) and all(type(token) is int for token in item))
 
 
-def select_passes(names: str | None, settings: list[str]) -> list[Any] | None:
+def select_passes(names: str | None, settings: list[str], *, rivals: bool = False) -> list[Any] | None:
     """Passes by name, with options set; None leaves the choice to ``optimize``.
 
     Args:
         names: comma-separated, or None for all.
         settings: ``PASS.OPTION=VALUE`` each; the value is a Python literal, or else text.
+        rivals: compile_tvm times its rival too, unless its backend is set.
 
     Raises:
         InputError: unknown pass or option, or a setting that is not of that form.
@@ -157,6 +158,8 @@ def select_passes(names: str | None, settings: list[str]) -> list[Any] | None:
         if option not in known:
             raise InputError.argument(f"--set {name}", expected=f"one of {', '.join(known)}", got=option)
         options[name][option] = _literal(value)
+    if rivals and "compile_tvm" in options:
+        options["compile_tvm"].setdefault("backend", "auto")
     return [PASSES[name](**options[name]) for name in wanted]
 
 

@@ -49,6 +49,7 @@ def optimize(
     passes: Sequence[str | Pass] | None = None,
     *,
     calibration: Any = None,
+    tokenizer: Any = None,
     measure: MeasureLevel = True,
     quality_budget: float | None = None,
     strict: bool = False,
@@ -64,9 +65,11 @@ def optimize(
         model: a Hugging Face causal LM of a supported family, in eval mode.
         passes: names or Pass objects; None for all. They run in the order of their phases.
         calibration: text, token ids, or an iterable of either, for passes that need it; None for the packaged text.
+        tokenizer: of the model, a transformers tokenizer, to read that text and the held-out text with. None: the one
+            beside the weights, in the directory or the hub's cache that the model was loaded from. Nothing is fetched.
         measure: True; False to apply without measuring (nothing is undone then); "full" adds leave-one-out attribution.
         quality_budget: largest mean KL divergence from the baseline, in nats a token, that a pass may cause.
-        strict: a pass that does not apply, or fails, is an error instead of a row in the receipt.
+        strict: a pass that is not kept (it does not apply, fails, or is undone) is an error instead of a row.
         on_event: called with every :class:`~llmopt.passes.base.Event` (progress, verdicts, warnings).
         seed: of everything drawn (calibration fill-up, prompts of random models, bootstrap).
 
@@ -78,7 +81,7 @@ def optimize(
         PassError: under ``strict``; the model is as it was given.
     """
     chosen = choose(passes)
-    _check_arguments(measure, quality_budget, on_event)
+    _check_arguments(measure, quality_budget, on_event, tokenizer)
     if is_optimized(model):
         raise ModelStateError("model: already optimized; call llmopt.restore(model) first")
     if (loaded := loaded_from(model)) is not None and loaded.applied:
@@ -86,12 +89,12 @@ def optimize(
         raise ModelStateError(f"model: llmopt.load has applied {names} to it; load(directory, passes=None) does not")
     resolved = validate_model(model)
     run = _Run(resolved, chosen, measure, quality_budget, strict, on_event or (lambda event: None), seed)
-    calibrated = run.prepare_rows(calibration)
+    calibrated = run.prepare_rows(calibration, tokenizer)
     _finish(run, calibrated)
     return model
 
 
-def _check_arguments(measure: object, quality_budget: object, on_event: object) -> None:
+def _check_arguments(measure: object, quality_budget: object, on_event: object, tokenizer: object) -> None:
     # `in (True, False)` would let 0 and 1.0 pass
     if measure is not True and measure is not False and measure != "full":
         raise InputError.argument("measure", expected="True, False or 'full'", got=measure)
@@ -100,6 +103,8 @@ def _check_arguments(measure: object, quality_budget: object, on_event: object) 
         raise InputError.argument("quality_budget", expected="a positive KL divergence in nats", got=quality_budget)
     if on_event is not None and not callable(on_event):
         raise InputError.argument("on_event", expected="a function of one Event", got=on_event)
+    if tokenizer is not None and not callable(tokenizer):
+        raise InputError.argument("tokenizer", expected="a transformers tokenizer or None", got=tokenizer)
 
 
 def optimize_built(
@@ -162,7 +167,7 @@ class _Run:
 
     # ---- data
 
-    def prepare_rows(self, calibration: Any) -> bool:
+    def prepare_rows(self, calibration: Any, tokenizer: Any = None) -> bool:
         """Make calibration and held-out rows before any work, so that bad data costs nothing."""
         model, needs = self.resolved.model, any(p.needs_calibration for p in self.passes)
         if self.random:
@@ -173,11 +178,13 @@ class _Run:
             self.notes.append("calibrated on random token ids")
             return needs
         if needs or calibration is not None:
-            self.calibration = calibrate.rows(calibration, model, seed=self.seed)
+            self.calibration = calibrate.rows(calibration, model, tokenizer=tokenizer, seed=self.seed)
         if self.measure is False:
             return needs
-        if calibrate.find_tokenizer(model) is not None:
-            self.held_out = calibrate.rows(calibrate.packaged_text("quality"), model, num_rows=32, seed=self.seed)
+        reader = calibrate.find_tokenizer(model) if tokenizer is None else tokenizer
+        if reader is not None:
+            text = calibrate.packaged_text("quality")
+            self.held_out = calibrate.rows(text, model, tokenizer=reader, num_rows=32, seed=self.seed)
         elif len(self.calibration) > 1:
             cut = max(1, len(self.calibration) // 8)
             self.held_out, self.calibration = self.calibration[-cut:], self.calibration[:-cut]
@@ -185,8 +192,8 @@ class _Run:
         else:
             raise CalibrationError(
                 "calibration: measuring quality needs text the model can read, and there is no tokenizer.json in "
-                f"'{getattr(model.config, '_name_or_path', '')}'; pass calibration= token ids (two rows or more), "
-                "or measure=False"
+                f"'{getattr(model.config, '_name_or_path', '')}'; pass tokenizer=, calibration= token ids (two rows or "
+                "more), or measure=False"
             )
         return needs
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llmopt.errors import CalibrationError
 from llmopt.passes.quantize_gptq import calibrate
@@ -222,6 +227,46 @@ def test_text_without_a_tokenizer_says_where_it_was_looked_for(without_tokenizer
     with pytest.raises(CalibrationError, match=r"there is no tokenizer\.json in ''"):
         calibrate.rows(TEXT, without_tokenizer)
     assert calibrate.find_tokenizer(without_tokenizer) is None
+
+
+def test_a_tokenizer_that_is_given_is_used(without_tokenizer: Any) -> None:
+    reader = AutoTokenizer.from_pretrained(ASSETS / "tiny-qwen3")
+    found = rows(TEXT, without_tokenizer, tokenizer=reader).flatten()
+    assert found.tolist() == reader(TEXT, add_special_tokens=False)["input_ids"][: len(found)]
+
+
+def test_a_tokenizer_in_the_hubs_cache_is_found(tmp_path: Path) -> None:
+    """As ``from_pretrained`` of a hub's name leaves it, in a process of its own: the cache's place is read once."""
+    held = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(
+        ASSETS / "tiny-qwen3", held / "snapshots" / ("0" * 8), ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("0" * 8)
+    code = """
+import sys, types
+from llmopt.passes.quantize_gptq import calibrate
+for name in ("some/model", "some/other"):
+    found = calibrate.find_tokenizer(types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path=name)))
+    print(None if found is None else len(found("table")["input_ids"]))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, other = ran.stdout.split()
+    assert int(first) >= 1
+    assert other == "None"
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    monkeypatch.setattr(type(model.config), "_name_or_path", str(tmp_path))
+    with pytest.raises(CalibrationError, match="the tokenizer cannot be read"):
+        calibrate.rows(TEXT, model)
 
 
 @pytest.mark.parametrize("length", [1, 0, -3])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llmopt.cli import app
 from llmopt.errors import CalibrationError, CheckpointError, InputError, UnsupportedModelError
 from llmopt.measure.report import Gain, Interval, Memory, PassRow, Report, Timing
 from llmopt.models.shapes import tiny_model
+from llmopt.passes import QuantizeGptq
 
 COMMANDS = ("optimize", "bench", "compare", "kernels", "doctor")
 runner = CliRunner()
@@ -347,6 +349,36 @@ def test_bench_refuses_a_shape_that_only_fits_quantized(monkeypatch: pytest.Monk
     monkeypatch.setattr(bench, "available_bytes", lambda: 1_000_000_000)
     with pytest.raises(InputError, match=r"qwen3-0\.6b does not fit into memory in bfloat16"):
         bench.bench_shape("qwen3-0.6b", ["swap_flash_attention"])
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "named"),
+    [
+        ({"sym": False}, {}, "sym=False"),
+        ({"skip": ("*",)}, {}, "skip"),
+        ({"head_bits": None}, {}, "head_bits=None"),
+        ({}, {"num_layers": 28}, "num_layers"),
+        ({}, {"quality_budget": 0.1, "calibration": [[1, 2]]}, "quality_budget, calibration"),
+    ],
+)
+def test_what_random_codes_do_not_have_is_refused(
+    options: dict[str, Any], settings: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmopt import bench
+
+    monkeypatch.setattr(bench, "available_bytes", lambda: 1_000_000_000)
+    with pytest.raises(InputError, match=rf"random codes it has no {named}$"):
+        bench.bench_shape("qwen3-0.6b", [QuantizeGptq(**options)], **settings)
+
+
+def test_a_benchmark_times_the_rival_unless_a_backend_is_set() -> None:
+    def backend(*settings: str, rivals: bool = True) -> str:
+        chosen = cli_models.select_passes("compile_tvm", list(settings), rivals=rivals)
+        assert chosen is not None
+        return str(chosen[0].backend)
+
+    assert backend() == backend("compile_tvm.tune_s=3") == "auto"
+    assert backend("compile_tvm.backend=tvm") == backend(rivals=False) == "tvm"
 
 
 def run_events(capsys: pytest.CaptureFixture[str]) -> str:

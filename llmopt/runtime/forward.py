@@ -5,19 +5,17 @@ What the engine does not cover goes through the stack's own forward, with the sa
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmopt.runtime import fallbacks
 from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.engine import Engine
 from llmopt.runtime.masks import visible_tokens
 from llmopt.runtime.rows import Rows
-
-_LOG = logging.getLogger("llmopt")
 
 
 class FusedForward:
@@ -26,11 +24,11 @@ class FusedForward:
     Args:
         stack: the decoder stack (``model.model``).
         engine: gives the engine for the modules as they are now.
-        fallbacks: reason -> calls that went through the stack's own forward.
+        counts: reason -> calls that went through the stack's own forward.
     """
 
-    def __init__(self, stack: nn.Module, engine: Callable[[], Engine], fallbacks: dict[str, int]) -> None:
-        self._stack, self._engine, self._fallbacks = stack, engine, fallbacks
+    def __init__(self, stack: nn.Module, engine: Callable[[], Engine], counts: dict[str, int]) -> None:
+        self._stack, self._engine, self._fallbacks = stack, engine, counts
         self._own = stack.forward
 
     def __call__(
@@ -46,7 +44,7 @@ class FusedForward:
         if isinstance(cache, KVCache):
             cache.order_for(own_layers=bool(reason))
         if reason:
-            self._count(reason)
+            fallbacks.count(self._fallbacks, reason, "fuse_kernels: the model's own layers run")
             return self._own(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 inputs_embeds=inputs_embeds, use_cache=keeps, **{CACHE: cache}, **kwargs,
@@ -125,12 +123,6 @@ class FusedForward:
         if _hooked_inside(self._stack):
             return "hooks on modules inside the decoder layers", None
         return visible_tokens(mask, given.shape[1], cache)
-
-    def _count(self, reason: str) -> None:
-        if reason not in self._fallbacks:
-            self._fallbacks[reason] = 0
-            _LOG.warning("fuse_kernels: the model's own layers run where there is %s", reason)
-        self._fallbacks[reason] += 1
 
 
 def _hooked_inside(stack: nn.Module) -> bool:

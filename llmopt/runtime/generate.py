@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from llmopt.runtime import fallbacks
 from llmopt.runtime.cache import CACHE, KVCache
 from llmopt.runtime.decoding import Decoding
 from llmopt.runtime.engine import Engine
@@ -49,11 +50,13 @@ class Generation:
 
     Attributes:
         lookup_counts: of all calls so far, by the names in :data:`~llmopt.runtime.lookup.COUNTS`.
+        own_loops: reason -> calls that transformers' own loop decoded, over the same modules.
     """
 
     def __init__(self, model: Any, source: EngineSource, lookup: Lookup | None = None) -> None:
         self._model, self._source, self.lookup = model, source, lookup
         self.lookup_counts = dict.fromkeys(COUNTS, 0)
+        self.own_loops: dict[str, int] = {}
         self._own_generate = model.generate
         self._own_sample = model._sample
         self._own_assisted = model._assisted_decoding
@@ -132,7 +135,10 @@ class Generation:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with the same arguments and results."""
-        if not _one_by_one(self._model, args, kwargs):
+        if reason := _other_loop(self._model, args, kwargs):
+            # one of ours underneath counts it itself
+            if generation_behind(self._own_generate) is None:
+                self._count(reason)
             return self._own_generate(*args, **kwargs)
         # transformers gives a custom method neither the streamer nor, for stop strings, the tokenizer
         streamer, strings = kwargs.get("streamer"), kwargs.pop("stop_strings", None)
@@ -156,8 +162,11 @@ class Generation:
         """``GenerationMixin._sample`` with the same arguments and results, or ``_assisted_decoding`` for prompt lookup."""
         cache: Any = model_kwargs.get(CACHE)
         asked = generation_config.prompt_lookup_num_tokens is not None
-        # prompt lookup for a batch is refused by transformers, and so it is here
-        if _uncovered(generation_config, synced_gpus, input_ids, model_kwargs) or (asked and len(input_ids) > 1):
+        reason = _uncovered(generation_config, synced_gpus, input_ids, model_kwargs)
+        if asked and len(input_ids) > 1:
+            reason = "prompt lookup for a batch"  # which transformers refuses, and so it is refused here
+        if reason:
+            self._count(reason)
             own, more = (self._own_assisted, {"inputs_tensor": input_ids}) if asked else (self._own_sample, {})
             return own(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus,
@@ -171,6 +180,9 @@ class Generation:
         if not (generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)):
             self._keep(loop.step)
         return result
+
+    def _count(self, reason: str) -> None:
+        fallbacks.count(self.own_loops, reason, "llmopt: transformers' own loop decodes")
 
 
 def wants_plain_cache(config: Any, model_kwargs: dict[str, Any]) -> bool:
@@ -200,18 +212,23 @@ def generation_behind(generate: Any) -> Generation | None:
     return owner if isinstance(owner, Generation) else None
 
 
-def _one_by_one(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True for greedy search and sampling, prompt lookup or not, as transformers will tell them from these arguments."""
+def _other_loop(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a call is neither greedy search nor sampling, prompt lookup or not, as transformers will tell them; or ''."""
     from transformers.generation.configuration_utils import GenerationMode
 
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     config = copy.deepcopy(model.generation_config if given is None else given)
-    positional = len(args) > 2 or any(kwargs.get(n) is not None for n in ("custom_generate", "assistant_model"))
-    if positional or kwargs.get("synced_gpus") or config.stop_strings is not None:
-        return False
+    if len(args) > 2:
+        return "more than two positional arguments"
+    for name in ("custom_generate", "assistant_model", "synced_gpus"):
+        if kwargs.get(name) not in (None, False):
+            return f"{name} is given"
+    if config.stop_strings is not None:
+        return "stop strings in a generation config"
     config.update(**{k: v for k, v in kwargs.items() if k != "generation_config" and hasattr(config, k)})
     config.prompt_lookup_num_tokens = None
-    return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    mode = config.get_generation_mode()
+    return "" if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) else f"generation mode {mode.value}"
 
 
 def _lookup_of(config: Any) -> Lookup:

@@ -325,10 +325,10 @@ def test_records_of_others_are_used_and_verified(tmp_path: Path, token_rows: Any
 
 def test_records_that_are_none_are_an_error_where_given_and_said_where_kept(tmp_path: Path) -> None:
     file = tmp_path / "given.json"
-    with pytest.raises(PassError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         llmopt.optimize(tiny_model("qwen3"), passes=[CompileTvm(records=str(file))], measure=False, strict=True)
     file.write_text("{}")
-    with pytest.raises(PassError, match="not a file of tuning records"):
+    with pytest.raises(InputError, match="not a file of tuning records"):
         llmopt.optimize(tiny_model("qwen3"), passes=[CompileTvm(records=str(file))], measure=False, strict=True)
     file.unlink()
     chosen(file, tiny_model("qwen3"), lambda schedule: HOSTILE["code of C"])

@@ -266,6 +266,22 @@ def test_stop_strings_stop(trained: Any, steps: list[int]) -> None:
         model.generate(prompt, stop_strings=[stop], **GREEDY)
 
 
+def test_calls_that_transformers_loop_decodes_are_counted_and_logged_once(
+    fused: Any, token_rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, model = fused("qwen3")
+    counts = llmopt.report(model).passes[0].details["fallbacks_to_own_loop"]
+    prompt = token_rows(1, 9)
+    given = {"attention_mask": torch.ones_like(prompt), **GREEDY, "max_new_tokens": 3}
+    model.generate(prompt, **given)
+    assert counts == {}
+    for _ in range(2):
+        model.generate(prompt, **given, num_beams=2)
+    model.generate(prompt, **given, use_cache=False)
+    assert counts == {"generation mode beam_search": 2, "no cache of ours": 1}
+    assert [r.getMessage().count("transformers' own loop decodes") for r in caplog.records].count(1) == 2
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=["beams", "sampled"])
 def test_beam_search_goes_transformers_way(
     options: dict[str, Any], fused: Any, token_rows: Any, steps: list[int]

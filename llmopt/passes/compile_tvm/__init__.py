@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmopt import env
-from llmopt.errors import InputError, PassError, UnsupportedModelError
+from llmopt.errors import InputError, UnsupportedModelError
 from llmopt.ops.device import kernels_for
 from llmopt.passes.base import Applied, Coverage, Event, Pass, PassContext, Patch, Phase, Swap, Verdict
 
@@ -50,7 +51,7 @@ class CompileTvm(Pass):
     backend: str = "tvm"
     cache: bool = True
     tune_s: float = 0.0
-    records: str | None = None
+    records: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -59,12 +60,17 @@ class CompileTvm(Pass):
             raise InputError.argument("cache", expected="True or False", got=self.cache)
         if type(self.tune_s) not in (int, float) or not 0 <= self.tune_s < math.inf:
             raise InputError.argument("tune_s", expected="seconds, 0 or more", got=self.tune_s)
+        if isinstance(self.records, os.PathLike):
+            object.__setattr__(self, "records", os.fspath(self.records))
         if self.records is not None and (type(self.records) is not str or not self.records):
             raise InputError.argument("records", expected="a file's path or None", got=self.records)
         if self.backend == "inductor" and (self.tune_s or self.records):
             raise InputError("tune_s, records: schedules are TVM's, got backend='inductor'")
 
     def check(self, ctx: PassContext) -> Verdict:
+        # a checkpoint that is loaded does not choose what to read
+        if ctx.trials and self.records is not None:
+            _check_records(Path(self.records), written=bool(self.tune_s))
         if ctx.device.type not in ("cpu", "cuda"):
             return Verdict(False, f"compiles for CPUs and NVIDIA GPUs, the model is on {ctx.device.type}")
         reason = "" if self.backend == "inductor" else _without_tvm()
@@ -102,12 +108,11 @@ class CompileTvm(Pass):
         backend = "tvm" if self.backend == "auto" else self.backend
         # a checkpoint that is loaded does not choose where to write, nor for how long to search
         tune_s, records = (self.tune_s, Path(self.records) if self.records else None) if ctx.trials else (0.0, None)
-        if records is not None and not tune_s and not records.is_file():
-            raise PassError(f"compile_tvm: {records}: no such file (tune_s=SECONDS writes one)")
         current = Current(ctx.resolved, backend, self.cache, tune_s, records)
         current.switched(before)
         details, settled = self._compile(ctx, current)
         generation = Generation(model, current)
+        details["fallbacks_to_own_loop"] = generation.own_loops
         generate = Swap(model, "generate", generation.generate)
         swaps = [generate, Swap(model, "_prepare_cache_for_generation", generation.prepare_cache)]
 
@@ -153,6 +158,17 @@ class CompileTvm(Pass):
         details["inductor"] = trial.against_inductor(ctx, current)
         details["backend"] = current.backend
         return details, {**settled, "backend": current.backend}
+
+
+def _check_records(file: Path, *, written: bool) -> None:
+    from llmopt.passes.compile_tvm.records import Records, RefusedRecordsError
+
+    if not file.is_file() and not written:
+        raise InputError(f"records: {file}: no such file (tune_s=SECONDS writes one)")
+    try:
+        Records(file, {})
+    except RefusedRecordsError as error:
+        raise InputError(f"records: {error}") from error
 
 
 def _without_tvm() -> str:

@@ -107,6 +107,7 @@ class FuseKernels(Pass):
         details = {
             "kv_dtype": str(kv_dtype or resolved.dtype).removeprefix("torch."),
             "fallbacks_to_own_forward": fallbacks,
+            "fallbacks_to_own_loop": generation.own_loops,
             "prompt_lookup": generation.lookup_counts,
             **trial,
         }

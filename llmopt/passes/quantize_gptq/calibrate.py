@@ -20,6 +20,7 @@ from llmopt.errors import CalibrationError
 NUM_ROWS = 128
 ROW_TOKENS = 256
 _STREAM_FACTOR = 8  # of an iterator: times the tokens needed
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _SHARE_FOR_QUALITY = 0.2  # of the packaged text, never calibrated on
 
 
@@ -31,23 +32,35 @@ def packaged_text(part: str) -> str:
 
 
 def find_tokenizer(model: Any) -> Any | None:
-    """The tokenizer lying beside the model's weights, or None. Local files only."""
+    """The tokenizer lying beside the model's weights, in their directory or a hub's cache, or None. Local files only."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     # of a model without a path the working directory says nothing
-    if not name or not (Path(name) / "tokenizer.json").is_file():
+    if not name or (Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(name).is_dir():
+            raise CalibrationError(f"calibration: {name}: the tokenizer cannot be read: {error}") from error
+        return None  # the name of a model whose tokenizer no cache holds
 
 
 def rows(
-    source: Any, model: Any, *, num_rows: int = NUM_ROWS, row_tokens: int = ROW_TOKENS, seed: int = 0
+    source: Any,
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    num_rows: int = NUM_ROWS,
+    row_tokens: int = ROW_TOKENS,
+    seed: int = 0,
 ) -> list[torch.Tensor]:
     """Token rows ``[T]`` int64, all of one length, at most ``num_rows``.
 
     Everything is concatenated and cut. Where there is more than needed, rows are taken evenly over it, so that every part
-    speaks; of an iterator, which may be endless, only the beginning is read.
+    speaks; of an iterator, which may be endless, only the beginning is read. ``tokenizer``: None for the one that
+    :func:`find_tokenizer` finds.
 
     Raises:
         CalibrationError: nothing to calibrate on, ids outside the vocabulary, text without a tokenizer.
@@ -56,7 +69,7 @@ def rows(
         raise CalibrationError(f"row_tokens: expected at least 2, got {row_tokens}")
     if source is None:
         source = packaged_text("calibration")
-    ids = _Reader(model, _STREAM_FACTOR * num_rows * row_tokens).read(source)
+    ids = _Reader(model, tokenizer, _STREAM_FACTOR * num_rows * row_tokens).read(source)
     vocab = int(model.config.get_text_config().vocab_size)
     total = sum(len(r) for r in ids)
     if total < 2:
@@ -75,11 +88,11 @@ def rows(
 
 
 class _Reader:
-    """Makes token rows of whatever the caller gave. The tokenizer is read once, and only if text turns up."""
+    """Makes token rows of whatever the caller gave. A tokenizer is looked for once, and only if text turns up."""
 
-    def __init__(self, model: Any, most_tokens: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, most_tokens: int) -> None:
         self.model, self.most_tokens = model, most_tokens
-        self._tokenizer: Any = None
+        self._tokenizer = tokenizer
 
     def read(self, source: Any) -> list[torch.Tensor]:
         if isinstance(source, str | torch.Tensor | Mapping) or hasattr(source, "__array__"):
@@ -129,8 +142,7 @@ class _Reader:
         if self._tokenizer is None:
             raise CalibrationError(
                 "calibration: text needs the model's tokenizer, and there is no tokenizer.json in "
-                f"'{getattr(self.model.config, '_name_or_path', '')}'; load the model from its local directory, "
-                "or pass token ids"
+                f"'{getattr(self.model.config, '_name_or_path', '')}'; pass tokenizer=, or token ids"
             )
         # verbose=False: the text is cut into rows, so its length is no concern
         encoded = self._tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)

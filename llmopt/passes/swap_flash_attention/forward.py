@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +15,7 @@ from llmopt import native
 from llmopt.errors import InputError
 from llmopt.ops.attention import attention
 from llmopt.passes.swap_flash_attention.masks import Remembered, Seen, as_bool, compact_mask
-
-_LOG = logging.getLogger("llmopt")
+from llmopt.runtime import fallbacks
 
 # "flash" in a name would make transformers prepare inputs for the flash-attn package
 INTERFACE_NAME = "llmopt_attention"
@@ -143,7 +141,7 @@ def attention_function(
         seen = seen._replace(mask=plan.bool_masks.get(attention_mask, as_bool))
     reason = _uncovered(query, key, seen, attention_mask, dropout, kwargs)
     if reason:
-        _count(plan, reason)
+        fallbacks.count(plan.fallbacks, reason, "swap_flash_attention: eager attention runs")
         if latent is not None:
             key, value = latent.expand(key, value)
         mask = attention_mask
@@ -178,13 +176,6 @@ def _uncovered(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return "gradients are wanted (no torch.no_grad())"
     return ""
-
-
-def _count(plan: Plan, reason: str) -> None:
-    if reason not in plan.fallbacks:
-        plan.fallbacks[reason] = 0
-        _LOG.warning("swap_flash_attention: eager attention runs where %s", reason)
-    plan.fallbacks[reason] += 1
 
 
 def _eager_of(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
