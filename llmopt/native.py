@@ -40,11 +40,12 @@ def library() -> Any:
             "install g++ and cmake, then reinstall llmopt"
         )
     import torch  # noqa: F401  torch first: kernels then share its libgomp, and so its threads
-    import tvm_ffi
 
     try:
+        import tvm_ffi
+
         module = tvm_ffi.load_module(str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         raise NativeLibraryError(f"cannot load {path}: {error}") from error
     isa = env.forced_isa()
     if isa is not None:

@@ -13,7 +13,7 @@ import torch
 
 from llmopt import native
 from llmopt.env import ISA_NAMES
-from llmopt.models.shapes import tiny_model
+from llmopt.models.shapes import decide_routers_, tiny_model
 
 # Triton, where it is imported, interprets its kernels: there is no GPU to count on
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -123,21 +123,8 @@ def tiny(_tiny_models: dict[tuple[str, torch.dtype], Any]) -> Callable[..., Any]
 
 @pytest.fixture
 def decided(tiny: Callable[..., Any]) -> Callable[..., Any]:
-    """``tiny``'s models, in which no rounding sends a token to other experts: where a router has biases, they decide.
-
-    A random router has near ties, and what rounds (int8, bfloat16) settles them in another way, which changes a token's
-    logits altogether: no bound on rounding holds then. Scores lie within 0 and 1, the biases here 4 apart.
-    """
-
-    def get(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
-        model = tiny(model_type, dtype)
-        generator = torch.Generator().manual_seed(0)
-        for name, bias in model.state_dict().items():
-            if name.endswith("e_score_correction_bias"):
-                bias.copy_(4.0 * torch.randperm(bias.numel(), generator=generator).view_as(bias))
-        return model
-
-    return get
+    """``tiny``'s models, in which rounding sends no token to other experts (:func:`~.shapes.decide_routers_`)."""
+    return lambda model_type, dtype=torch.float32: decide_routers_(tiny(model_type, dtype))
 
 
 @pytest.fixture(scope="session")

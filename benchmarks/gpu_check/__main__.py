@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_check [--quick] [--seconds 540] [--json FILE] [--markdown FILE]
     python -m benchmarks.gpu_check --interpret          # without a GPU: small cases by Triton's interpreter, nothing timed
 
-In this order, and not a step further than the first wrong answer: every op against its reference, every family's small model
-through the engine (launched, and as a CUDA graph) against the model itself, every pass on every family (applied, or why not;
+In this order, and not a step further than the first wrong answer: every op against its reference, in several processes; every
+family's small model through the engine (launched, and as a CUDA graph) against the model itself, every pass on every family (applied, or why not;
 logits; undone bit by bit), tokens decoded ahead of the host against those one by one, kernels against the ceilings measured
 beside them, what swap_flash_attention chooses from, and decoding on published shapes with random weights, eager bfloat16 too.
 Exits with 1 where an answer is wrong, a step fails, or answers could not be checked. Steps that no time is left for are named.
@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.answers import check_ahead, check_families, check_gptq, check_ops, check_passes
+from benchmarks.gpu_check.answers import check_ahead, check_families, check_gptq, check_passes
+from benchmarks.gpu_check.ops import check_ops
 from benchmarks.gpu_check.run import Run, WrongAnswerError
 from benchmarks.gpu_check.times import SHAPES, ceilings, time_attention, time_candidates, time_linears, time_shape
 
@@ -101,19 +102,26 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read where Triton is imported
     elif not torch.cuda.is_available():
         sys.exit("gpu_check: no CUDA device; --interpret runs the small cases without one")
-    run = Run(interpret=args.interpret, quick=args.quick, seconds=args.seconds or (110 if args.quick else 540))
-    right = check(run)
     from llmopt.measure import environment
 
     command = "python -m benchmarks.gpu_check" + " --quick" * args.quick + " --interpret" * args.interpret
     name = "Triton's interpreter" if args.interpret else torch.cuda.get_device_name()
-    text = "\n".join([f"# GPU check, {name}\n\n    {command}\n", *table(run.found)])
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
-    if args.json:
-        recorded = {"environment": environment.capture(), "command": command, "device": name, **run.found}
-        args.json.write_text(json.dumps(recorded, indent=1) + "\n")
+    about = {"environment": environment.capture(), "command": command, "device": name}
+
+    def text(found: dict[str, Any]) -> str:
+        return "\n".join([f"# GPU check, {name}\n\n    {command}\n", *table(found)])
+
+    def write(found: dict[str, Any]) -> None:
+        if args.markdown:
+            args.markdown.write_text(text(found) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+
+    seconds = args.seconds or (110 if args.quick else 540)
+    run = Run(interpret=args.interpret, quick=args.quick, seconds=seconds, written=write)
+    right = check(run)
+    write(run.found)
+    print(text(run.found))
     sys.exit(0 if right else 1)
 
 

@@ -1,11 +1,10 @@
-"""Right answers: ops beside their references, families through the engine, passes."""
+"""Right answers of whole models: families through the engine, GPTQ's loops, decoding ahead of the host, passes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from benchmarks.gpu_check.run import Run, WrongAnswerError
 
@@ -13,64 +12,6 @@ FAMILY_COSINE = 0.995  # int4 linears at 16-bit activations beside the same weig
 PASS_COSINE = 0.8  # int4 weights of a small model with random ones, beside the weights themselves
 # what Triton's interpreter can stand in for: compiled steps and pooled ones are recorded
 NOT_COMPILED = ("swap_flash_attention", "fuse_kernels")
-# relative to the largest value: what is rounded to these between two products of a kernel (attention's weights, activations)
-ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 0.0}
-# tokens are rounded to float16 in place of 8 bits
-PRODUCTS = {"int4_linear", "int8_linear", "int4_experts", "fused_linear", "moe", "latent_cache", "latent_output"}
-# without a kernel of their own on a GPU: the screened head pays where bytes of the head are most of a token
-CPU_ONLY = {"screened_head"}
-
-
-def check_ops(run: Run) -> dict[str, int]:
-    """Every case of every op that has a kernel: how many were right."""
-    from llmopt.ops import SPECS
-    from llmopt.ops.int4_linear.reference import sixteen_bit_tokens
-
-    right: dict[str, int] = {}
-    for name, spec in SPECS.items():
-        if name in CPU_ONLY:
-            continue
-        for case in spec.cases:
-            if case.real and (run.interpret or run.quick):
-                continue
-            dtypes = case.params.get("dtypes", spec.tolerance)
-            for dtype in dtypes if not run.interpret else list(dtypes)[:1]:
-                inputs = spec.make_inputs(type(case)(case.name, {**case.params, "dtype": dtype}, case.real), 1)
-                if run.interpret and spec.flops(**inputs) > 100_000:
-                    continue
-                with sixteen_bit_tokens():
-                    expected = spec.reference(**inputs)
-                with run.kernels():
-                    got = spec.run(**tree_map(lambda x: _to(x, run.device), inputs)).to(expected.device)
-                _compare(f"{name}, {case.name}, {dtype}", got, expected, *tolerance(spec, dtype, expected))
-                right[name] = right.get(name, 0) + 1
-    return right
-
-
-def _to(x: Any, device: torch.device) -> Any:
-    from llmopt.ops.fused_linear import Weight
-
-    if isinstance(x, torch.Tensor):
-        return x.to(device)
-    if isinstance(x, Weight):
-        bias = None if x.bias is None else x.bias.to(device)
-        return Weight(x.data.to(device), x.rows, x.cols, x.bits, x.group_size, x.asymmetric, bias)
-    return x
-
-
-def tolerance(spec: Any, dtype: torch.dtype, expected: torch.Tensor) -> tuple[float, float]:
-    """``(rtol, atol)`` of a Triton kernel beside its op's reference."""
-    rtol, atol = spec.tolerance[dtype]
-    size = float(expected.float().abs().max()) if expected.numel() else 0.0
-    product = spec.name in PRODUCTS
-    return max(rtol, 4e-3 if product else 0.0), max(atol, ROUNDED[dtype] * size, 2e-3 * size if product else 0.0)
-
-
-def _compare(what: str, got: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:
-    try:
-        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
-    except AssertionError as error:
-        raise WrongAnswerError(f"{what}: {error}") from None
 
 
 def check_families(run: Run) -> dict[str, float]:
@@ -78,12 +19,12 @@ def check_families(run: Run) -> dict[str, float]:
     by launches, and decode with pool_memory (a CUDA graph)."""
     import llmopt
     from llmopt.models import FAMILIES
-    from llmopt.models.shapes import tiny_model
+    from llmopt.models.shapes import decide_routers_, tiny_model
 
     found = {}
     for family in ["qwen3"] if run.interpret else [f.model_type for f in FAMILIES]:
         dtype = torch.float32 if run.interpret else torch.bfloat16
-        model = tiny_model(family, dtype=dtype)
+        model = decide_routers_(tiny_model(family, dtype=dtype))
         rows = torch.randint(5, 500, (2, 32), generator=torch.Generator().manual_seed(0))
         llmopt.optimize(model, ["quantize_gptq"], calibration=rows, measure=False)
         model.to(run.device)
@@ -178,7 +119,7 @@ def check_passes(run: Run) -> dict[str, str]:
     """Every pass on every family's small model: the least cosine of its logits, of the prompt and of tokens decoded one by one,
     with those before; or why it does not apply. Undone, the model is the one before, bit by bit."""
     from llmopt.models import FAMILIES, resolve_model
-    from llmopt.models.shapes import tiny_model
+    from llmopt.models.shapes import decide_routers_, tiny_model
     from llmopt.passes import PASSES
     from llmopt.passes.base import PassContext
 
@@ -186,7 +127,7 @@ def check_passes(run: Run) -> dict[str, str]:
     rows = torch.randint(5, 500, (4, 24), generator=torch.Generator().manual_seed(0))
     for family in ["ernie4_5"] if run.interpret else [f.model_type for f in FAMILIES]:
         dtype = torch.float32 if run.interpret else torch.bfloat16
-        resolved = resolve_model(tiny_model(family, dtype=dtype).to(run.device))
+        resolved = resolve_model(decide_routers_(tiny_model(family, dtype=dtype)).to(run.device))
         ids = rows[:1, : 6 if run.interpret else 24].to(run.device)
         before = forced_logits(resolved.model, ids)
         for name in PASSES if not run.interpret else NOT_COMPILED:

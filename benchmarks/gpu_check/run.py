@@ -23,13 +23,23 @@ class WrongAnswerError(AssertionError):
 
 
 class Run:
-    """The device, the time that is left, and what has been found."""
+    """The device, the time that is left, and what has been found.
 
-    def __init__(self, *, interpret: bool, quick: bool, seconds: float) -> None:
+    Args:
+        interpret: by Triton's interpreter, on the CPU.
+        quick: small cases alone.
+        seconds: for all of it.
+        written: called after every step: whoever is cut off keeps what there is.
+    """
+
+    def __init__(
+        self, *, interpret: bool, quick: bool, seconds: float, written: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
         self.interpret, self.quick = interpret, quick
         self.device = torch.device("cpu" if interpret else "cuda")
         self.end = time.perf_counter() + seconds
         self.found: dict[str, Any] = {"steps": {}, "left_out": []}
+        self._written = written
 
     def left(self) -> float:
         return self.end - time.perf_counter()
@@ -52,3 +62,5 @@ class Run:
         except failures() as error:
             self.found.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+        if self._written is not None:
+            self._written(self.found)

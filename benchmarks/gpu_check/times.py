@@ -39,13 +39,15 @@ def ceilings(run: Run) -> dict[str, float]:
 
 def time_linears(run: Run) -> list[dict[str, Any]]:
     """int4 linears of Qwen3-8B's sizes over numbers of tokens, on weights that together are larger than the L2."""
-    from llmopt.ops.int4_linear import int4_linear, layout
+    from llmopt.arena import WeightArena
+    from llmopt.ops.int4_linear import int4_linear
+    from llmopt.passes.quantize_gptq.direct import RandomCodes
 
     peak, rows = run.found["steps"]["ceilings"], []
     for n, k in LINEARS[: 1 if run.quick else None]:
-        shape = layout.packed_shape(n, k, 128, bits=4, asymmetric=False)
-        one = torch.zeros(shape, dtype=torch.uint8, device=run.device)
-        copies = [torch.zeros_like(one) for _ in range(max(2, -(-(256 << 20) // one.nbytes)))]
+        # of zeros a GPU computes products in less time
+        one = RandomCodes(0.02, 0, WeightArena(0)).packed("linear", n, k, 128, bits=4).to(run.device)
+        copies = [one.clone() for _ in range(max(2, -(-(256 << 20) // one.nbytes)))]
         for tokens in (1, 16, 256) if run.quick else TOKENS:
             x = torch.randn(tokens, k, device=run.device, dtype=torch.bfloat16)
             some = copies if tokens <= 256 else copies[:2]
@@ -148,7 +150,7 @@ def time_shape(shape: str) -> Callable[[Run], dict[str, Any]]:
             found[f"sampled_tpot_ms_{batch}"] = _tpot(model, prompt, **SAMPLED)
         long = torch.randint(5, 1000, (1, 4096), device=run.device)
         found["prefill_4096_ms"] = _first(model, long)
-        del model, resolved
+        del model, resolved, context
         gc.collect()
         torch.cuda.empty_cache()
         found["eager_tpot_ms_1"] = eager_tpot(shape, run.device)

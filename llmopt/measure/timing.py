@@ -135,7 +135,11 @@ def interleaved(
             break
         for i in range(len(names)):
             name = names[(i + done) % len(names)]
-            prefill, decode = run_once(stages[name](), prompt, plan.decode_tokens)
+            model = stages[name]()
+            if prompt.is_cuda:
+                # switched on again a stage captures its graph anew, which a user waits for once
+                run_once(model, prompt, plan.decode_tokens)
+            prefill, decode = run_once(model, prompt, plan.decode_tokens)
             samples[name].prefill_ms.append(prefill)
             samples[name].decode_ms.append(decode)
         if every_round is not None:

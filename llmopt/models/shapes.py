@@ -90,6 +90,20 @@ def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, seed: int
     return build(AutoConfig.for_model(model_type, **copy.deepcopy(family.tiny_config)), dtype=dtype, seed=seed)
 
 
+def decide_routers_(model: PreTrainedModel) -> PreTrainedModel:
+    """Let biases decide which experts a token goes to, where a router has them: for checks of anything that rounds.
+
+    A random router has near ties, and what rounds (int8, bfloat16) settles them in another way, which changes a token's
+    logits altogether: no bound on rounding holds then. Scores lie within 0 and 1, the biases here 4 apart.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, bias in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            order = torch.randperm(bias.numel(), generator=generator)
+            bias.copy_(4.0 * order.view_as(bias))
+    return model
+
+
 def meta_model(
     shape: str | PreTrainedConfig, *, dtype: torch.dtype = torch.bfloat16, num_layers: int | None = None
 ) -> PreTrainedModel:

@@ -110,6 +110,7 @@ class Generation:
                 cache.reset()
                 cache.step = step
                 return cache
+            del step, cache
         return engine.new_cache(sequences, capacity)
 
     def _taken(self, step: DecodeStep) -> bool:

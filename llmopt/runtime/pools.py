@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+# One capture of a process at a time, and no pool taken down meanwhile: torch ends the process where it finds a capture under
+# way then (pytorch issue 159301). Reentrant, for a capture may make a cache.
+CAPTURING = threading.RLock()
 
 
 class GraphMemory:
@@ -19,11 +24,22 @@ class GraphMemory:
 
     def __init__(self, *, others_allocate: bool = False) -> None:
         self.others_allocate = others_allocate
+        self._pool: Any = None
+        self._living: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    @functools.cached_property
     def pool(self) -> Any:
-        """As ``torch.cuda.graph`` takes it."""
-        return torch.cuda.graph_pool_handle()
+        """As ``torch.cuda.graph`` takes it: that of the graphs which live; call it under :data:`CAPTURING`.
+
+        torch refuses a pool whose last graph is gone while something in it is not (cuBLAS's workspace), so the next graph
+        gets one of its own.
+        """
+        if not self._living:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def lives(self, graph: Any) -> None:
+        """A graph has been captured into the pool."""
+        self._living.add(graph)
 
 
 @contextmanager
@@ -35,5 +51,10 @@ def pool_of_its_own(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device):
-        yield
+    with CAPTURING:
+        pool = torch.cuda.MemPool()
+        try:
+            with torch.cuda.use_mem_pool(pool, device):
+                yield
+        finally:
+            del pool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,14 +10,13 @@ import torch
 
 from llmopt import native
 from llmopt.ops.device import by_triton
-from llmopt.runtime.pools import GraphMemory
+from llmopt.runtime.pools import CAPTURING, GraphMemory
 
 if TYPE_CHECKING:
     from llmopt.runtime.step import DecodeStep
 
 # runs before a graph is captured: the first compiles kernels, the second finds whatever the first has kept
 _WARM_UP = 2
-_CAPTURING = threading.Lock()
 
 
 class Recorded(Protocol):
@@ -111,7 +109,7 @@ class GraphProgram:
         self._device = step.ids.device
         changed = (step.ids, step.rows.position, step.rows.slot)
         # one capture of a process at a time; calls of other threads that allocate do not disturb it
-        with _CAPTURING, torch.cuda.device(self._device):
+        with CAPTURING, torch.cuda.device(self._device):
             before = [tensor.clone() for tensor in changed]
             # kernels are compiled and their choices made out of the graph's sight, where no token will be missed; on the
             # stream of the steps, for the counters are theirs
@@ -120,8 +118,9 @@ class GraphProgram:
                 step.make_calls()
             self._graph = torch.cuda.CUDAGraph()
             mode = "relaxed" if graphs.others_allocate else "thread_local"
-            with torch.cuda.graph(self._graph, pool=graphs.pool, capture_error_mode=mode):
+            with torch.cuda.graph(self._graph, pool=graphs.pool(), capture_error_mode=mode):
                 self._keep = step.make_calls()
+            graphs.lives(self)
             for tensor, old in zip(changed, before, strict=True):
                 tensor.copy_(old)
 

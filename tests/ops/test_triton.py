@@ -9,7 +9,7 @@ import pytest
 import torch
 from placed import Unplaced
 
-from benchmarks.gpu_check.answers import CPU_ONLY, tolerance
+from benchmarks.gpu_check.ops import CPU_ONLY, tolerance
 from llmopt.ops import SPECS, device
 from llmopt.ops.fused_linear import Weight, fused_linear, reference
 from llmopt.ops.fused_linear.spec import weight_data

@@ -7,13 +7,13 @@ import torch
 
 from llmopt.arena import WeightArena
 from llmopt.ops.int4_linear import layout
-from llmopt.passes.quantize_gptq.direct import _Codes
+from llmopt.passes.quantize_gptq.direct import RandomCodes
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("k", [256, 320])  # an even number of groups is padded to an odd number of lines
 def test_random_codes_are_what_packing_them_gives(k: int, bits: int) -> None:
-    packed = _Codes(0.02, 0, WeightArena(0)).packed("linear", 40, k, 64, bits=bits)
+    packed = RandomCodes(0.02, 0, WeightArena(0)).packed("linear", 40, k, 64, bits=bits)
     q, scales, _ = layout.unpack(
         packed, out_features=48, in_features=k, group_size=64, bits=bits, asymmetric=False
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -210,6 +212,21 @@ def test_a_graph_is_captured_behind_the_filled_slots_and_leaves_all_as_it_was(
     assert step.rows.slot.tolist() == [7, 7]
 
 
+def test_graphs_share_a_pool_as_long_as_one_of_them_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmopt.runtime.pools import GraphMemory
+
+    handles = itertools.count()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    memory, first, second = GraphMemory(), FakeGraph(), FakeGraph()
+    for graph in (first, second):
+        assert memory.pool() == 0
+        memory.lives(graph)
+    del first, graph
+    assert memory.pool() == 0
+    del second
+    assert memory.pool() == 1
+
+
 def test_a_pooled_cache_has_a_pool_of_its_own_and_a_plain_one_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import contextmanager
 
@@ -220,6 +237,8 @@ def test_a_pooled_cache_has_a_pool_of_its_own_and_a_plain_one_none(tiny: Any, mo
     @contextmanager
     def use(pool: Any, device: Any) -> Iterator[None]:
         taken.append((pool, device))
+        with ThreadPoolExecutor(1) as other:
+            assert not other.submit(pools.CAPTURING.acquire, blocking=False).result(), "a capture may begin meanwhile"
         yield
 
     monkeypatch.setattr(torch.cuda, "use_mem_pool", use)

@@ -43,13 +43,21 @@ def _blocks(
     are narrower than their blocks."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for at in range(low, high, BLOCK_N):
-        j = at + tl.arange(0, BLOCK_N)
+        n = tl.arange(0, BLOCK_N)
+        # rows of many heads' keys: their number times their length may be more than 32 bits hold
+        j, far = at + n, tl.cast(at, tl.int64)
         here = j < keys
-        block = _load(k + j[None, :] * k_row + d[:, None], here[None, :], (d < dim)[:, None], MASKED, ODD)
+        block = _load(k + far * k_row + n[None, :] * k_row + d[:, None], here[None, :], (d < dim)[:, None], MASKED, ODD)
         scores = scored(query, block, scale, PRECISE)
         if ROPE:
             r = tl.arange(0, BLOCK_R)
-            turned = _load(k_rope + j[None, :] * rope_row + r[:, None], here[None, :], (r < rope)[:, None], MASKED, ODD)
+            turned = _load(
+                k_rope + far * rope_row + n[None, :] * rope_row + r[:, None],
+                here[None, :],
+                (r < rope)[:, None],
+                MASKED,
+                ODD,
+            )
             scores += scored(query_rope, turned, scale, PRECISE)
         reached = here
         if MASKED:
@@ -64,7 +72,7 @@ def _blocks(
             if MASK:
                 seen &= (
                     tl.load(
-                        mask + i[:, None] * mask_row + j[None, :] * mask_col,
+                        mask + i.to(tl.int64)[:, None] * mask_row + far * mask_col + n[None, :] * mask_col,
                         mask=(i < queries)[:, None] & here[None, :],
                         other=0,
                     )
@@ -73,7 +81,9 @@ def _blocks(
             scores = tl.where(seen, scores, float("-inf"))
             # a value that no query of the program sees must not count, even as zero times NaN
             reached = tl.max(seen.to(tl.int32), 0) != 0
-        values = _load(v + j[:, None] * v_row + dv[None, :], reached[:, None], (dv < v_dim)[None, :], MASKED, ODD)
+        values = _load(
+            v + far * v_row + n[:, None] * v_row + dv[None, :], reached[:, None], (dv < v_dim)[None, :], MASKED, ODD
+        )
         m, total, acc = further(scores, values, 1.0, m, total, acc, PRECISE)
     return m, total, acc
 

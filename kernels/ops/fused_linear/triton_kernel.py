@@ -275,11 +275,13 @@ def _gemm(
 
 @triton.jit
 def _dequantize(
-    w, out, n, cols, low_at, ASYM: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, HEAD: tl.constexpr,
+    w, out, n, cols, low_at, weight_words, ASYM: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, HEAD: tl.constexpr,
     GROUP8: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """One group of a tile as float16 ``[16, group_size]``."""
-    tile, group = tl.program_id(0), tl.program_id(1)
+    """One group of a tile of one of several weights as float16 ``[16, group_size]``."""
+    tile, group, weight = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    w += weight * weight_words
+    out += weight * n * cols
     a, row = tl.arange(0, GROUP8)[:, None], tl.arange(0, 16)[None, :]
     tile_at, group_words = tile * TILE, 16 + GROUP8 * 16
     words = tl.load(w + tile_at + HEAD + group * group_words + 16 + a * 16 + row)
@@ -327,11 +329,13 @@ def prepare(x: torch.Tensor, norm: torch.Tensor | None, eps: float, group_size: 
 def dequantize(
     packed: torch.Tensor, *, out_features: int, in_features: int, group_size: int, bits: int, asymmetric: bool
 ) -> torch.Tensor:
-    """The weight ``[out_features, in_features]``, float16."""
+    """The weight ``[out_features, in_features]``, float16, or those of ``packed [H, tiles, bytes]`` in one launch."""
     tiles = Tiles.of(out_features, in_features, bits, group_size, asymmetric)
-    out = torch.empty(out_features, in_features, dtype=torch.float16, device=packed.device)
-    _dequantize[(tiles.count, tiles.groups)](
-        words_of("packed", packed, tiles), out, out_features, in_features, tiles.count * tiles.tile,
+    several = packed.shape[:-2]
+    out = torch.empty(*several, out_features, in_features, dtype=torch.float16, device=packed.device)
+    words = tiles.count * (tiles.tile + tiles.low)
+    _dequantize[(tiles.count, tiles.groups, several.numel())](
+        words_of("packed", packed, tiles), out, out_features, in_features, tiles.count * tiles.tile, words,
         **layout_options(tiles, asymmetric, bits), num_warps=1,
     )  # fmt: skip
     return out

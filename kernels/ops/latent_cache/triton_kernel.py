@@ -76,7 +76,7 @@ def heads_linear(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tens
     heads, k = weight.shape[0], x.shape[2]
     if weight.dtype == torch.uint8:
         options = {"in_features": k, "group_size": group_for(k), "bits": 8, "asymmetric": False}
-        weight = torch.stack([dequantize(w, out_features=rows, **options) for w in weight])  # type: ignore[arg-type]
+        weight = dequantize(weight, out_features=rows, **options)  # type: ignore[arg-type]
     y = torch.bmm(x.transpose(0, 1).to(weight.dtype), weight.view(heads, rows, k).transpose(1, 2))
     return y.transpose(0, 1).float()
 

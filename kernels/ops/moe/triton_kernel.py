@@ -120,7 +120,7 @@ def _grouped(
     GROUP8: tl.constexpr, LOW: tl.constexpr, KB: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A block of slots of one expert times some of its rows; ``TOP_K``: slots that share a row of the planes."""
-    block = tl.program_id(1)
+    block = tl.program_id(0)
     expert = tl.load(expert_of + block)
     if expert < experts:
         at = tl.load(first_of + block) + tl.arange(0, BLOCK_T)[:, None]
@@ -129,7 +129,7 @@ def _grouped(
         token = slot // TOP_K
         by = tl.load(factor + token, mask=seen, other=0.0)
         w += expert.to(tl.int64) * expert_words
-        first = tl.program_id(0) * 16 * TILES
+        first = tl.program_id(1) * 16 * TILES
         y = by * gemm_sums(
             w, first, planes, token, seen, up_at + n, k8s, ASYM, BITS, TILE, HEAD, GROUP8, LOW, KB, BLOCK_T, TILES
         )  # fmt: skip
@@ -219,13 +219,13 @@ def experts(
     blocks = _Blocks.of(index, count)
     table = [blocks.order, blocks.expert, blocks.first, blocks.last]
     shape = {"KB": 16, "BLOCK_T": _BLOCK_T, "TILES": _TILES, "num_warps": 4}
-    _grouped[(triton.cdiv(inner, 16 * _TILES), len(blocks.expert))](
+    _grouped[(len(blocks.expert), triton.cdiv(inner, 16 * _TILES))](
         inputs.planes, inputs.factor, *table, w1, act, words[0], inner, count, inputs.planes.shape[2], inner, top_k, True,
         **options[0], **shape,
     )  # fmt: skip
     inputs = prepare(act, None, 0.0, down_group, sums=bool(asymmetric))
     y = torch.empty(slots, hidden, device=x.device)
-    _grouped[(triton.cdiv(hidden, 16 * _TILES), len(blocks.expert))](
+    _grouped[(len(blocks.expert), triton.cdiv(hidden, 16 * _TILES))](
         inputs.planes, inputs.factor, *table, w2, y, words[1], hidden, count, inputs.planes.shape[2], 0, 1, False,
         **options[1], **shape,
     )  # fmt: skip

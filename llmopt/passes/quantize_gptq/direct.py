@@ -26,7 +26,7 @@ _BLOCK_BYTES = 2**22 - 3
 _CODE_STD = {4: 4.61, 8: 73.9}
 
 
-class _Codes:
+class RandomCodes:
     """Makes packed buffers of random codes."""
 
     def __init__(self, std: float, seed: int, arena: WeightArena) -> None:
@@ -66,7 +66,7 @@ def build_quantized(shape: str, *, group_size: int = 128, head_bits: int = 8, se
     model: Any = shapes.meta_model(shape)
     resolved, coverage = resolve_model(model), Coverage()
     std = float(model.config.initializer_range)
-    codes = _Codes(std, seed, arena_for(resolved))
+    codes = RandomCodes(std, seed, arena_for(resolved))
     for layer in resolved.layers:
         for site in layer.linears():
             _linear(site.parent, site.attr, site.module, site.name, codes, coverage, group_size, 4)
@@ -109,7 +109,7 @@ def _count(coverage: Coverage, kind: str, numel: int, buffers: list[torch.Tensor
 
 
 def _linear(
-    parent: nn.Module, attr: str, linear: nn.Linear, name: str, codes: _Codes, coverage: Coverage, group_size: int,
+    parent: nn.Module, attr: str, linear: nn.Linear, name: str, codes: RandomCodes, coverage: Coverage, group_size: int,
     bits: int,
 ) -> QuantLinear:  # fmt: skip
     n, k = linear.out_features, linear.in_features
@@ -123,7 +123,7 @@ def _linear(
     return module
 
 
-def _experts(site: ExpertsSite, codes: _Codes, coverage: Coverage, group_size: int) -> None:
+def _experts(site: ExpertsSite, codes: RandomCodes, coverage: Coverage, group_size: int) -> None:
     experts, hidden, inner = site.down.shape
     gate_up = codes.packed(
         f"{site.name}.gate_up", 2 * inner, hidden, kernel_group_size(hidden, group_size), bits=4, experts=experts
