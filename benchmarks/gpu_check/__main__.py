@@ -4,9 +4,10 @@
     python -m benchmarks.gpu_check --interpret          # without a GPU: small cases by Triton's interpreter, nothing timed
 
 In this order, and not a step further than the first wrong answer: every op against its reference, in several processes; every
-family's small model through the engine (launched, and as a CUDA graph) against the model itself, every pass on every family (applied, or why not;
-logits; undone bit by bit), tokens decoded ahead of the host against those one by one, kernels against the ceilings measured
-beside them, what swap_flash_attention chooses from, and decoding on published shapes with random weights, eager bfloat16 too.
+family's small model through the engine (launched, and as a CUDA graph) against the model itself; every pass on every family
+(applied, or why not; logits; undone bit by bit); tokens decoded ahead of the host against those one by one; kernels against the
+ceilings measured beside them; what swap_flash_attention chooses from; and decoding on published shapes with random weights,
+eager bfloat16 too. What is found is written after every step.
 Exits with 1 where an answer is wrong, a step fails, or answers could not be checked. Steps that no time is left for are named.
 """
 
