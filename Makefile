@@ -19,9 +19,10 @@ BUILD_FILES := $(CXX_SOURCES) CMakeLists.txt kernels/CMakeLists.txt setup.py pyp
 demo: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/demo.py $(ARGS)
 
-# ARGS goes to pytest: make test ARGS="tests/ops -k int4"
+# a process a core, four at most: each takes some gigabytes. ARGS goes to pytest: make test ARGS="tests/ops -k int4"
+WORKERS ?= auto
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dependencies
 	$(VENV)/bin/ruff check .
