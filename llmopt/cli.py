@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from llmopt import cli_cache
+from llmopt import cli_cache, cli_passes
 from llmopt.errors import CheckpointError, InputError, LlmoptError
 
 if TYPE_CHECKING:
@@ -52,15 +52,22 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_cache.app, name="cache")
+app.command()(cli_passes.passes)
 
 _Passes = Annotated[
     str | None,
-    typer.Option("--passes", metavar="A,B", help="Only these passes, comma-separated. Default: all that apply."),
+    typer.Option(
+        "--passes",
+        metavar="A,B",
+        help="Only these passes (`llmopt passes`). Default: all that apply.",
+    ),
 ]
 _Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="PASS.OPTION=VALUE", help="Set an option of a pass, e.g. quantize_gptq.group_size=64."
+        "--set",
+        metavar="PASS.OPTION=VALUE",
+        help="Set an option (`llmopt passes`), e.g. quantize_gptq.group_size=64.",
     ),
 ]
 _Calibration = Annotated[
@@ -83,7 +90,9 @@ _Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the record as JSON; '-' prints nothing else on stdout."),
 ]
-_Seed = Annotated[int, typer.Option("--seed", help="Same seed, same bytes.")]
+_Seed = Annotated[
+    int, typer.Option("--seed", help="Of what is drawn: calibration rows, random prompts, inputs, bootstrap.")
+]
 _Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="A local checkpoint.")]
 _Shape = Annotated[
     str | None, typer.Option("--shape", metavar="NAME", help="A published shape with random weights, e.g. qwen3-0.6b.")
@@ -156,7 +165,7 @@ def optimize(
     cli_models.read_config(directory)
     _check_out(directory, out, overwrite=overwrite)
     check_format("--checkpoint-format", checkpoint_format)
-    settings = _settings(
+    settings = cli_models.settings(
         passes, options, calibration, measure=_level(measure, measure_full), quality_budget=quality_budget, seed=seed
     )
     opened = cli_models.open_model(directory, passes=None)
@@ -198,7 +207,7 @@ def bench(
 
     if model is None and isolated_memory:
         raise InputError("bench: --isolated-memory loads checkpoints: expected --model DIR, got --shape")
-    settings = _settings(
+    settings = cli_models.settings(
         passes, options, calibration, measure=_level(True, measure_full), quality_budget=quality_budget, seed=seed,
         rivals=True,
     )  # fmt: skip
@@ -336,28 +345,6 @@ def _level(measure: bool, full: bool) -> bool | str:
     if full and not measure:
         raise InputError("measure: expected one of --no-measure and --measure-full, got both")
     return "full" if full else measure
-
-
-def _settings(
-    passes: str | None,
-    options: list[str] | None,
-    calibration: Path | None,
-    *,
-    measure: bool | str,
-    quality_budget: float | None,
-    seed: int,
-    rivals: bool = False,
-) -> dict[str, Any]:
-    """Keyword arguments of ``llmopt.optimize``, checked as far as that goes without a model."""
-    from llmopt import cli_models
-
-    return {
-        "passes": cli_models.select_passes(passes, options or [], rivals=rivals),
-        "calibration": cli_models.read_calibration(calibration) if calibration is not None else None,
-        "measure": measure,
-        "quality_budget": quality_budget,
-        "seed": seed,
-    }
 
 
 def _check_out(directory: Path, out: Path, *, overwrite: bool) -> None:

@@ -163,6 +163,20 @@ def select_passes(names: str | None, settings: list[str], *, rivals: bool = Fals
     return [PASSES[name](**options[name]) for name in wanted]
 
 
+def settings(
+    passes: str | None, options: list[str] | None, calibration: Path | None, *, measure: bool | str,
+    quality_budget: float | None, seed: int, rivals: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Keyword arguments of ``llmopt.optimize``, checked as far as that goes without a model."""
+    return {
+        "passes": select_passes(passes, options or [], rivals=rivals),
+        "calibration": read_calibration(calibration) if calibration is not None else None,
+        "measure": measure,
+        "quality_budget": quality_budget,
+        "seed": seed,
+    }
+
+
 def _literal(text: str) -> Any:
     lowered = {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
     try:

@@ -30,7 +30,7 @@ def set_num_threads(count: int | None = None) -> int:
     torch starts with the cores of the affinity mask (or OMP_NUM_THREADS), and knows nothing of a cgroup's CPU quota.
 
     Args:
-        count: 1 to 1024; None: :func:`usable_cores`, as they are now. More than that is slower than fewer.
+        count: 1 to 1024; None: :func:`usable_cores`, as they are now. More threads than cores are slower than too few.
 
     Returns:
         What has been set.

@@ -20,7 +20,7 @@ from llmopt.measure.report import Gain, Interval, Memory, PassRow, Report, Timin
 from llmopt.models.shapes import tiny_model
 from llmopt.passes import QuantizeGptq
 
-COMMANDS = ("optimize", "bench", "compare", "kernels", "doctor")
+COMMANDS = ("optimize", "bench", "compare", "kernels", "passes", "doctor")
 runner = CliRunner()
 
 
@@ -349,6 +349,20 @@ def test_bench_refuses_a_shape_that_only_fits_quantized(monkeypatch: pytest.Monk
     monkeypatch.setattr(bench, "available_bytes", lambda: 1_000_000_000)
     with pytest.raises(InputError, match=r"qwen3-0\.6b does not fit into memory in bfloat16"):
         bench.bench_shape("qwen3-0.6b", ["swap_flash_attention"])
+
+
+def test_passes_are_listed_with_every_option_and_what_it_says() -> None:
+    from llmopt.cli_passes import option_texts
+    from llmopt.passes import PASSES
+
+    listed = runner.invoke(app, ["passes"]).output
+    for name, kind in PASSES.items():
+        assert set(option_texts(kind)) == set(kind.option_names())
+        assert all(f"  {name}.{option} = " in listed for option in kind.option_names())
+    assert ":mod:" not in listed
+    assert "``" not in listed
+    assert "fuse_kernels" not in runner.invoke(app, ["passes", "pool_memory"]).output
+    assert runner.invoke(app, ["passes", "poll_memory"]).exit_code == 2
 
 
 @pytest.mark.parametrize(

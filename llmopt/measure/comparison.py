@@ -44,6 +44,7 @@ class Comparison:
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
+        """The record as plain values: milliseconds, bytes, ratios, nats a token."""
         return dataclasses.asdict(self)
 
     def to_json(self, path: str | Path | None = None) -> str:

@@ -131,9 +131,11 @@ class Report:
     schema_version: int = SCHEMA_VERSION
 
     def kept(self) -> list[PassRow]:
+        """The passes that are on, in the order in which they run."""
         return [row for row in self.passes if row.verdict == "kept"]
 
     def to_dict(self) -> dict[str, Any]:
+        """The record as plain values: milliseconds, bytes, ratios, nats a token, as the dataclasses above say."""
         return dataclasses.asdict(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -147,6 +149,7 @@ class Report:
         return report
 
     def to_markdown(self, path: str | Path | None = None) -> str:
+        """The receipt as Markdown tables; also written to ``path`` if given."""
         from llmopt.measure import views
 
         text = views.markdown(self)
@@ -155,7 +158,11 @@ class Report:
         return text
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the receipt as a PNG. Needs matplotlib: ``pip install llmopt[plot]``."""
+        """Draw the receipt as a PNG.
+
+        Raises:
+            MissingDependencyError: there is no matplotlib (``pip install llmopt[plot]``).
+        """
         from llmopt.measure import plot
 
         return plot.draw(self, Path(path))

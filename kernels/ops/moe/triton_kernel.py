@@ -14,8 +14,9 @@ import triton.language as tl
 from torch.nn import functional
 
 from llmopt.errors import InputError
-from llmopt.ops.fused_linear.triton_kernel import SWIGLU, gemm_sums, gemv_sums, prepare
+from llmopt.ops.fused_linear.triton_kernel import SWIGLU, gemm_sums, gemv_sums
 from llmopt.ops.fused_linear.triton_kernel import run as fused_linear
+from llmopt.ops.fused_linear.triton_planes import prepare
 from llmopt.ops.triton_tiles import DOT8, Tiles, layout_options, words_of
 
 # slots that are taken one by one

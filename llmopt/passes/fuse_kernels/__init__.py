@@ -37,7 +37,8 @@ class FuseKernels(Pass):
         screened_head: find greedy tokens by an 8-bit head's high nibbles, and score with all 8 bits only the rows that may win;
             whatever looks at logits gets all of them. None: where the head is large enough and a trial finds the same tokens.
         prompt_lookup: most tokens to guess from what followed the same words earlier in the sequence (0 to 15; 0: none).
-            They are verified together in one step. The tokens stay those of plain decoding; a batch decodes plainly.
+            They are verified together in one step. On the CPU the tokens stay those of plain decoding, on a GPU near ties may
+            fall otherwise; a batch decodes plainly.
     """
 
     name: ClassVar[str] = "fuse_kernels"

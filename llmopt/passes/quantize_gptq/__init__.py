@@ -1,6 +1,6 @@
 """quantize_gptq: 4-bit weights by GPTQ, 8-bit head and embedding, fused experts included.
 
-The linears and experts of every decoder layer are replaced by packed modules (:mod:`.linear`) in the order in which a
+The linears and experts of every decoder layer are replaced by packed modules (:mod:`llmopt.packed`) in the order in which a
 forward pass meets them. Router, norms, MLA's kv_a projection and float32 islands stay as they are.
 """
 
@@ -34,7 +34,7 @@ class QuantizeGptq(Pass):
     """GPTQ at 4 bits.
 
     Args:
-        bits: 4.
+        bits: of a weight; only 4 is there.
         group_size: 32, 64, 128, or -1 for one scale a row. A last group may be short.
         sym: symmetric codes; False stores zero points.
         damp: share of the Hessian's mean diagonal added to it.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmopt import native
 from llmopt.arena import WeightArena, arena_for
 from llmopt.models import resolve_model, shapes
 from llmopt.models.base import ExpertsSite
@@ -22,6 +23,8 @@ from llmopt.passes.base import Applied, Coverage, Patch
 
 # prime, so that no two rows of a weight are equal
 _BLOCK_BYTES = 2**22 - 3
+# torch alone takes minutes for the sums of a large model's tiles: those behind the first ones repeat them
+_TILES_WITHOUT_KERNELS = 64
 # standard deviation of a uniform code around its middle: 4 bits, and 8 bits
 _CODE_STD = {4: 4.61, 8: 73.9}
 
@@ -46,7 +49,12 @@ class RandomCodes:
         lines, _ = layout.group_parts(first, in_features=k, group_size=group, asymmetric=False)
         scale = torch.full((layout.TILE_ROWS,), self.std / _CODE_STD[bits], dtype=torch.float16).view(torch.uint8)
         lines[..., : layout.TILE_ROWS * 2] = scale
-        packed_sums(buffer.flatten(0, -2), in_features=k, group_size=group, bits=bits)
+        tiles = buffer.flatten(0, -2)
+        # the planes of 8 bits lie apart, so that a part of such a weight is none
+        some = tiles if bits == 8 or native.available() else tiles[:_TILES_WITHOUT_KERNELS]
+        packed_sums(some, in_features=k, group_size=group, bits=bits)
+        for rest in tiles.split(len(some))[1:]:
+            rest.copy_(some[: len(rest)])
         return buffer
 
 
