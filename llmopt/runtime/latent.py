@@ -28,6 +28,8 @@ from llmopt.runtime.weights import norm_of, weight_of
 
 # tokens of one sequence up to which the absorbed form is used
 _MOST_ABSORBED = 32
+# expanded keys and values at a time: on the CPU a few heads', which stay in its caches; a GPU wants many programs a launch
+_HEADS_AT_ONCE, _MOST_EXPANDED = 4, 1 << 29
 
 
 _Halves = tuple[torch.Tensor, torch.Tensor]
@@ -136,10 +138,16 @@ class LatentBlock:
             parts.append(
                 expanded_attention(
                     query[part], cache[:, start:], self._expand, seq=seq, keys=last + 1 - start, nope=self.nope,
-                    rope=self.rope_dim, scale=self.scale, latent_scale=None if scales is None else scales[:, start:],
+                    rope=self.rope_dim, scale=self.scale, heads_at_once=self._heads_at_once(last + 1 - start, cache.device),
+                    latent_scale=None if scales is None else scales[:, start:],
                 )
             )  # fmt: skip
         return torch.cat(parts)
+
+    def _heads_at_once(self, keys: int, device: torch.device) -> int:
+        if device.type == "cpu":
+            return _HEADS_AT_ONCE
+        return max(_HEADS_AT_ONCE, min(self.heads, _MOST_EXPANDED // (keys * (self.nope + self.v_dim))))
 
     def _expand(self, latents: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """kv_b_proj of heads [first, last): ``[keys, (last - first) * (n + V)]``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,7 @@ class Rows:
     position: torch.Tensor
     seq: torch.Tensor
     slot: torch.Tensor
+    _runs: list[tuple[slice, int, int]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.seq)
@@ -32,7 +33,12 @@ class Rows:
             yield part, Rows(self.position[part], self.seq[part], self.slot[part])
 
     def runs(self) -> list[tuple[slice, int, int]]:
-        """Rows of one sequence that follow each other: ``(rows, sequence, slot of the last)``."""
+        """Rows of one sequence that follow each other: ``(rows, sequence, slot of the last)``.
+
+        Read from the device once, for all layers: of rows that nobody changes in place.
+        """
+        if self._runs is not None:
+            return self._runs
         seq, slot = self.seq.tolist(), self.slot.tolist()
         found: list[tuple[slice, int, int]] = []
         first = 0
@@ -40,6 +46,7 @@ class Rows:
             if i == len(seq) or seq[i] != seq[first] or slot[i] != slot[i - 1] + 1:
                 found.append((slice(first, i), seq[first], slot[i - 1]))
                 first = i
+        self._runs = found
         return found
 
     def longest_run(self) -> int:
