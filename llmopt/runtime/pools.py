@@ -15,6 +15,23 @@ import torch
 CAPTURING = threading.RLock()
 
 
+class _Captures:
+    """Whether a capture of this process has failed: torch, until 2.12, takes it for one under way ever after."""
+
+    failed = False
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """A graph is captured meanwhile, by this thread alone."""
+    with CAPTURING:
+        try:
+            yield
+        except BaseException:
+            _Captures.failed = True
+            raise
+
+
 class GraphMemory:
     """Memory that CUDA graphs share, which do not run at once: those of one engine's steps.
 
@@ -46,9 +63,10 @@ class GraphMemory:
 def pool_of_its_own(device: torch.device) -> Iterator[None]:
     """What this thread allocates on a GPU meanwhile lies in a pool of its own: what stays does not lie between what goes.
 
-    torch keeps the pool as long as it holds any; then its memory can go back to the driver.
+    torch keeps the pool as long as it holds any; then its memory can go back to the driver. After a capture that failed there
+    are no such pools any more: their end would be the process's.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or _Captures.failed:
         yield
         return
     with CAPTURING:

@@ -10,7 +10,7 @@ import torch
 
 from llmopt import native
 from llmopt.ops.device import by_triton
-from llmopt.runtime.pools import CAPTURING, GraphMemory
+from llmopt.runtime.pools import CAPTURING, GraphMemory, capturing
 
 if TYPE_CHECKING:
     from llmopt.runtime.step import DecodeStep
@@ -118,7 +118,7 @@ class GraphProgram:
                 step.make_calls()
             self._graph = torch.cuda.CUDAGraph()
             mode = "relaxed" if graphs.others_allocate else "thread_local"
-            with torch.cuda.graph(self._graph, pool=graphs.pool(), capture_error_mode=mode):
+            with capturing(), torch.cuda.graph(self._graph, pool=graphs.pool(), capture_error_mode=mode):
                 self._keep = step.make_calls()
             graphs.lives(self)
             for tensor, old in zip(changed, before, strict=True):

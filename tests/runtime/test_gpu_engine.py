@@ -252,3 +252,9 @@ def test_a_pooled_cache_has_a_pool_of_its_own_and_a_plain_one_none(tiny: Any, mo
     assert taken[0][0] is not taken[1][0]
     with pools.pool_of_its_own(torch.device("cpu")):
         assert len(taken) == 2
+    # as a capture that failed leaves torch, a pool's end would be the process's
+    monkeypatch.setattr(pools._Captures, "failed", False)
+    with pytest.raises(RuntimeError, match="capture"), pools.capturing():
+        raise RuntimeError("capture")
+    with pools.pool_of_its_own(gpu):
+        assert len(taken) == 2
