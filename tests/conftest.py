@@ -78,14 +78,19 @@ def products(request: pytest.FixtureRequest) -> Iterator[str]:
         library.force_bf16_dots("auto")
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads; the test's end puts it back."""
+@pytest.fixture(autouse=True)
+def _as_many_threads_afterwards() -> Iterator[None]:
+    """Other sums in later tests would be the least of it."""
     before = torch.get_num_threads()
-    try:
-        yield torch.set_num_threads
-    finally:
+    yield
+    if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads() -> Callable[[int], None]:
+    """Sets the number of threads, which the test's end puts back."""
+    return torch.set_num_threads
 
 
 @pytest.fixture
