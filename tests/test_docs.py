@@ -24,7 +24,9 @@ def test_the_server_page_runs(
     for block in blocks:
         # a receipt's figures are of no interest here, and cores may be busy with other tests
         exec(
-            block.replace("quality_budget=0.1", "measure=False").replace("set_num_threads()", "set_num_threads(1)"),
+            block.replace("quality_budget=0.1", "measure=False, calibration='A table. ' * 400").replace(
+                "set_num_threads()", "set_num_threads(1)"
+            ),
             names,
         )
     texts = names["texts"]
