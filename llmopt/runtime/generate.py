@@ -137,8 +137,9 @@ class Generation:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with the same arguments and results."""
         if reason := _other_loop(self._model, args, kwargs):
-            # one of ours underneath counts it itself
-            if generation_behind(self._own_generate) is None:
+            # one of ours underneath counts it itself, and one of ours above decodes it
+            above = getattr(kwargs.get("custom_generate"), "__module__", "") == __name__
+            if not above and generation_behind(self._own_generate) is None:
                 self._count(reason)
             return self._own_generate(*args, **kwargs)
         # transformers gives a custom method neither the streamer nor, for stop strings, the tokenizer

@@ -78,6 +78,16 @@ def test_logits_and_greedy_tokens_are_those_of_the_model_without_it(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_one_pass_above_the_other_is_no_fallback(tiny: Any, token_rows: Any, caplog: pytest.LogCaptureFixture) -> None:
+    _, compiled = pair(tiny, token_rows, "qwen3", int4=False, fused=True)
+    decoded(compiled, token_rows(1, 9))
+    assert [row.details["fallbacks_to_own_loop"] for row in llmopt.report(compiled).passes] == [{}, {}]
+    assert "own loop" not in caplog.text
+    decoded(compiled, token_rows(1, 9), num_beams=2)
+    counted = [row.details["fallbacks_to_own_loop"] for row in llmopt.report(compiled).passes]
+    assert counted == [{"generation mode beam_search": 1}, {}]
+
+
 def details_of(model: Any) -> dict[str, Any]:
     (row,) = [row for row in llmopt.report(model).passes if row.name == "compile_tvm"]
     assert row.verdict == "kept", row.reason
