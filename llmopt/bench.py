@@ -85,7 +85,8 @@ def _check_direct(name: str, options: QuantizeGptq, num_layers: int | None, sett
         "sym=False": not options.sym,
         "skip": bool(options.skip),
         "head_bits=None": options.head_bits is None,
-        **{key: value not in (None, False) for key, value in settings.items()},
+        # by identity: calibration may be a tensor
+        **{key: value is not None and value is not False for key, value in settings.items()},
     }
     if named := [key for key, wanted in asked.items() if wanted]:
         raise InputError(

@@ -372,7 +372,8 @@ def test_passes_are_listed_with_every_option_and_what_it_says() -> None:
         ({"skip": ("*",)}, {}, "skip"),
         ({"head_bits": None}, {}, "head_bits=None"),
         ({}, {"num_layers": 28}, "num_layers"),
-        ({}, {"quality_budget": 0.1, "calibration": [[1, 2]]}, "quality_budget, calibration"),
+        ({}, {"quality_budget": 0.1, "calibration": torch.ones(2, 9)}, "quality_budget, calibration"),
+        ({}, {"strict": True}, "strict"),
     ],
 )
 def test_what_random_codes_do_not_have_is_refused(
