@@ -129,13 +129,12 @@ def load(
         )
     recorded = checkpoint.recorded_passes(directory)
     where = f"{Path(directory) / MANIFEST}: passes"
-    saved = _recorded_choice(recorded, where)
+    again = _recorded_choice(recorded, where) if chosen is None else chosen
     model = checkpoint.load(directory, device=device)
-    in_weights = {item.name: recorded[item.name] for item in saved if item.needs_calibration}
+    in_weights = {n: options for n, options in recorded.items() if n in PASSES and PASSES[n].needs_calibration}
     loaded = Loaded(in_weights, recorded=checkpoint.recorded_report(directory))
     try:
-        again = [item for item in saved if not item.needs_calibration] if chosen is None else chosen
-        _apply_unmeasured(model, again, loaded)
+        _apply_unmeasured(model, [item for item in again if not item.needs_calibration], loaded)
     except InputError as error:
         if chosen is None:
             raise CheckpointError(f"{where}: {error}") from error

@@ -135,6 +135,8 @@ def test_what_the_record_says_of_passes_is_checked(saved: Path, passes: dict[str
     rewrite(saved, passes)
     with pytest.raises(CheckpointError, match=rf"llmopt\.json: passes: .*{says}" if says != "passes: " else says):
         llmopt.load(saved)
+    # who wants none of them is not kept from the weights
+    assert active_passes(llmopt.load(saved, passes=None)) == {}
 
 
 def test_a_pass_that_needs_calibration_is_not_for_load(saved: Path) -> None:
