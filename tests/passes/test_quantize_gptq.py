@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from llmopt.errors import InputError, QuantizationError
-from llmopt.measure import quality
+from llmopt.measure import environment, quality
 from llmopt.models import FAMILIES, resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.shapes import build
@@ -29,6 +29,7 @@ from llmopt.passes.quantize_gptq.solver import Solution, solve
 FAMILY_NAMES = [f.model_type for f in FAMILIES]
 MOE_NAMES = [f.model_type for f in FAMILIES if f.moe]
 ASSETS = Path(__file__).parents[2] / "assets"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 # ---- the two paths
@@ -63,6 +64,57 @@ def test_drift_is_shrunk_where_tokens_are_few() -> None:
     assert [drift(n) for n in (0, 50, 4950)] == pytest.approx([0.0, 0.5, 0.99])
 
 
+# ---- what blocks compute in
+
+
+def test_blocks_compute_in_their_dtype_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(device: str, *isa: str) -> list[torch.dtype]:
+        monkeypatch.setattr(environment, "cpu", lambda: {"isa": list(isa)})
+        return [sequential.computing_dtype(dtype, torch.device(device)) for dtype in DTYPES]
+
+    single, bf16, _ = DTYPES
+    assert on("cpu", "avx2") == [single] * 3
+    assert on("cpu", "avx512_vnni", "avx512_bf16") == [single, bf16, single]
+    assert on("cpu", "avx512_bf16", "avx512_fp16") == on("cuda") == DTYPES
+
+
+@pytest.mark.parametrize("flags", [[], ["avx512_bf16"]], ids=["without", "with"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_float32_ends_with_the_run_of_a_block(
+    family: str, flags: list[str], tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "cpu", lambda: {"isa": flags})
+    wanted = torch.bfloat16 if flags else torch.float32
+    model, rows = tiny(family, torch.bfloat16), token_rows(4, 48)
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(t.data_ptr(), t.dtype) for t in tensors]
+    computed: set[torch.dtype] = set()
+    layers = [layer.module for layer in resolve_model(model).layers]
+    handles = [layer.register_forward_hook(lambda m, args, out: computed.add(args[0].dtype)) for layer in layers]
+    applied = apply(model, rows)
+    for handle in handles:
+        handle.remove()
+    assert computed == {wanted}
+    assert applied.details["computed_in"] == str(wanted).removeprefix("torch.")
+    assert [(t.data_ptr(), t.dtype) for t in tensors] == before
+
+
+@pytest.mark.parametrize("method", ["add", "hessian"])
+def test_an_interrupt_in_float32_gives_the_weights_back(
+    method: str, tiny: Any, token_rows: Any, same_bits: Any, snapshot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: sequential.Moments, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "cpu", lambda: {"isa": []})
+    monkeypatch.setattr(sequential.Moments, method, interrupt)
+    model = tiny("deepseek_v3", torch.bfloat16)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        apply(model, token_rows(2, 24))
+    assert same_bits(model.state_dict(), before)
+
+
 # ---- the pass on every family
 
 
@@ -90,9 +142,6 @@ def hooks(model: nn.Module) -> int:
 
 def module_ids(model: nn.Module) -> dict[str, int]:
     return {n: id(m) for n, m in model.named_modules()} | {n: id(p) for n, p in model.named_parameters()}
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])

@@ -121,6 +121,7 @@ class _Quantizer:
         tokens = sum(len(r) for r in self.ctx.calibration)
         details = {
             "calibration_tokens": tokens,
+            "computed_in": str(inputs.hidden[0].dtype).removeprefix("torch."),
             "loss": self.losses,
             "damp_raised": {n: d for n, d in self.damps.items() if d > self.options.damp},
             "experts": self.experts,
@@ -287,9 +288,13 @@ def _float_stand_in(module: nn.Linear, weight: torch.Tensor) -> nn.Linear:
 class _FloatExperts(nn.Module):
     """Dequantized experts, for calibrating what follows them."""
 
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
     def __init__(self, result: ExpertsResult) -> None:
         super().__init__()
-        self.gate_up, self.down = result.gate_up, result.down
+        self.register_buffer("gate_up", result.gate_up)
+        self.register_buffer("down", result.down)
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(hidden)

@@ -7,6 +7,9 @@ nothing is changed until the pass's patch is enabled.
 
 Beside the quantized path runs the exact one, through the model's own modules on its own activations: what a stage should
 have been given is needed to make up for what it is given (:func:`solver.solve`, ``drift``).
+
+On processors that have no products of the model's dtype blocks compute in float32: torch's bfloat16 linears take six times as
+long as float32 ones where there is only AVX2. A block's weights are float32 only while it runs (:meth:`Paths.computing`).
 """
 
 from __future__ import annotations
@@ -20,13 +23,22 @@ import torch
 from torch import nn
 
 from llmopt.errors import QuantizationError
+from llmopt.measure import environment
 from llmopt.models.base import LinearSite, ResolvedModel
 
 # tokens of one forward pass through a block; bounds activation memory
 _BATCH_TOKENS = 2048
-
+# processor flags, any of which gives torch products of a dtype that are worth it
+_PRODUCTS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16"}}
 
 Inputs: TypeAlias = tuple[torch.Tensor, ...]
+
+
+def computing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What blocks with weights of ``dtype`` compute in while they are calibrated: that, or float32 where it is faster."""
+    if device.type != "cpu" or dtype not in _PRODUCTS or _PRODUCTS[dtype] & set(environment.cpu()["isa"]):
+        return dtype
+    return torch.float32
 
 
 class _Captured(Exception):
@@ -34,11 +46,15 @@ class _Captured(Exception):
 
 
 class BlockInputs:
-    """What each calibration batch feeds to the current decoder block: hidden states and the arguments that stay."""
+    """What each calibration batch feeds to the current decoder block: hidden states and the arguments that stay.
 
-    def __init__(self, hidden: list[torch.Tensor], kwargs: list[dict[str, Any]]) -> None:
+    ``dtype`` is the model's, whose range they must fit; they may be computed in another (:func:`computing_dtype`).
+    """
+
+    def __init__(self, hidden: list[torch.Tensor], kwargs: list[dict[str, Any]], dtype: torch.dtype) -> None:
         self.hidden = hidden
         self.kwargs = kwargs
+        self.dtype = dtype
 
     def run(self, block: nn.Module) -> Iterator[torch.Tensor]:
         """Outputs of ``block``, batch by batch."""
@@ -48,12 +64,12 @@ class BlockInputs:
 
     def twin(self) -> BlockInputs:
         """The same inputs, to be advanced on another path."""
-        return BlockInputs(list(self.hidden), self.kwargs)
+        return BlockInputs(list(self.hidden), self.kwargs, self.dtype)
 
     def advance(self, block: nn.Module, name: str) -> None:
         """Replace the inputs by the block's outputs, in place, so that only one set exists."""
         for i, out in enumerate(self.run(block)):
-            if not torch.isfinite(out).all():
+            if not torch.isfinite(out.to(self.dtype)).all():
                 raise QuantizationError(f"{name}: output holds NaN or Inf during calibration")
             self.hidden[i] = out
 
@@ -65,12 +81,14 @@ _NOT_KEPT = ("hidden_states", "past_key_values", "cache", "use_cache")
 def capture_inputs(resolved: ResolvedModel, rows: list[torch.Tensor]) -> BlockInputs:
     """Run the model up to its first decoder block on all calibration rows."""
     first = resolved.layers[0].module
+    dtype = resolved.embedding.weight.dtype
+    computing = computing_dtype(dtype, resolved.device)
     hidden: list[torch.Tensor] = []
     kwargs: list[dict[str, Any]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else named["hidden_states"])
-        kwargs.append({k: v for k, v in named.items() if k not in _NOT_KEPT})
+        hidden.append((args[0] if args else named["hidden_states"]).to(computing))
+        kwargs.append({k: _computing(v, computing) for k, v in named.items() if k not in _NOT_KEPT})
         raise _Captured
 
     handle = first.register_forward_pre_hook(hook, with_kwargs=True)
@@ -84,7 +102,15 @@ def capture_inputs(resolved: ResolvedModel, rows: list[torch.Tensor]) -> BlockIn
                 continue
     finally:
         handle.remove()
-    return BlockInputs(hidden, kwargs)
+    return BlockInputs(hidden, kwargs, dtype)
+
+
+def _computing(argument: Any, dtype: torch.dtype) -> Any:
+    """An argument of a block for computing in ``dtype``: masks and rotary factors; what is float32 anyway stays."""
+    if isinstance(argument, tuple):
+        return tuple(_computing(item, dtype) for item in argument)
+    short = isinstance(argument, torch.Tensor) and argument.dtype in _PRODUCTS
+    return argument.to(dtype) if short else argument
 
 
 class StandIns:
@@ -127,8 +153,30 @@ class Paths:
     exact: BlockInputs
     stand_ins: StandIns
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """For a while the block's weights, of both paths, are of the dtype that activations have: a copy of one block.
+
+        In the end they are what they were, bit for bit, whatever happens.
+        """
+        dtype = self.exact.hidden[0].dtype
+        tensors = {*self.block.parameters(), *self.block.buffers()}
+        with self.stand_ins.originals():
+            tensors |= {*self.block.parameters(), *self.block.buffers()}
+        weights = [(tensor, tensor.data) for tensor in tensors if tensor.dtype in _PRODUCTS and tensor.dtype != dtype]
+        try:
+            for tensor, data in weights:
+                tensor.data = data.to(dtype)
+            yield
+        finally:
+            for tensor, data in weights:
+                tensor.data = data
+
     def reaching(self, parent: nn.Module, attr: str) -> Iterator[tuple[Inputs, Inputs]]:
-        """What module ``parent.attr`` of the block is given, on the quantized and on the exact path, batch by batch."""
+        """What module ``parent.attr`` of the block is given, on the quantized and on the exact path, batch by batch.
+
+        To be asked for while the block is :meth:`computing`.
+        """
         batches = zip(self.quantized.hidden, self.exact.hidden, self.quantized.kwargs, strict=True)
         for hidden, exact_hidden, kwargs in batches:
             given = _inputs_of(self.block, getattr(parent, attr), hidden, kwargs)
@@ -140,9 +188,10 @@ class Paths:
 
     def advance(self, name: str) -> None:
         """Through the block, each path with its own weights."""
-        self.quantized.advance(self.block, name)
-        with self.stand_ins.originals():
-            self.exact.advance(self.block, name)
+        with self.computing():
+            self.quantized.advance(self.block, name)
+            with self.stand_ins.originals():
+                self.exact.advance(self.block, name)
 
 
 def _inputs_of(block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Inputs | None:
@@ -188,8 +237,9 @@ class Moments:
 def stage_moments(paths: Paths, site: LinearSite) -> Moments:
     """Moments of what reaches ``site`` when the calibration runs through its block (up to the site, no further)."""
     moments = Moments(site.module.in_features, site.module.weight.device)
-    for given, exact in paths.reaching(site.parent, site.attr):
-        moments.add(given[0], exact[0])
+    with paths.computing():
+        for given, exact in paths.reaching(site.parent, site.attr):
+            moments.add(given[0], exact[0])
     if moments.tokens == 0:
         raise QuantizationError(f"{site.name}: no calibration token reached this layer")
     return moments
@@ -208,11 +258,12 @@ class RoutedTokens:
 def routed_tokens(paths: Paths, parent: nn.Module, attr: str, name: str) -> RoutedTokens:
     """Run the calibration through a block and keep what reaches its experts."""
     hidden, exact, index, weights = [], [], [], []
-    for given, wanted in paths.reaching(parent, attr):
-        hidden.append(given[0].reshape(-1, given[0].shape[-1]))
-        exact.append(wanted[0].reshape(-1, wanted[0].shape[-1]))
-        index.append(given[1])
-        weights.append(given[2].float())
+    with paths.computing():
+        for given, wanted in paths.reaching(parent, attr):
+            hidden.append(given[0].reshape(-1, given[0].shape[-1]))
+            exact.append(wanted[0].reshape(-1, wanted[0].shape[-1]))
+            index.append(given[1])
+            weights.append(given[2].float())
     if not hidden:
         raise QuantizationError(f"{name}: no calibration token reached the experts")
     return RoutedTokens(torch.cat(hidden), torch.cat(exact), torch.cat(index), torch.cat(weights))
