@@ -26,7 +26,7 @@ from llmopt.measure.baseline import Baseline
 from llmopt.measure.quality import Reference, choose_rows, reference
 from llmopt.measure.quality import compare as compare_quality
 from llmopt.measure.report import PassRow, Quality
-from llmopt.model_state import State, is_optimized, loaded_from, remember
+from llmopt.model_state import State, inherited_by, is_optimized, remember
 from llmopt.models import resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.validate import validate_model
@@ -84,9 +84,9 @@ def optimize(
     _check_arguments(measure, quality_budget, on_event, tokenizer)
     if is_optimized(model):
         raise ModelStateError("model: already optimized; call llmopt.restore(model) first")
-    if (loaded := loaded_from(model)) is not None and loaded.applied:
-        names = ", ".join(loaded.applied)
-        raise ModelStateError(f"model: llmopt.load has applied {names} to it; load(directory, passes=None) does not")
+    if (inherited := inherited_by(model)) is not None and inherited.applied:
+        names = ", ".join(inherited.applied)
+        raise ModelStateError(f"model: {names} applied already, which would be no baseline: {inherited.without()}")
     resolved = validate_model(model)
     run = _Run(resolved, chosen, measure, quality_budget, strict, on_event or (lambda event: None), seed)
     calibrated = run.prepare_rows(calibration, tokenizer)

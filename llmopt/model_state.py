@@ -13,46 +13,28 @@ from llmopt.originals import Originals
 from llmopt.passes.base import Applied, Pass
 from llmopt.stages import Stages
 
-_ATTR, _LOADED = "_llmopt_state", "_llmopt_loaded"
+_ATTR, _INHERITED = "_llmopt_state", "_llmopt_inherited"
 
 
 @dataclass(slots=True)
-class State:
-    """One optimized model."""
+class Inherited:
+    """What a model has from where it came: a checkpoint that :func:`llmopt.load` read, or an optimized model it is a copy of.
 
-    resolved: ResolvedModel
-    stages: Stages
-    kept: list[tuple[Pass, Applied]]
-    originals: Originals
-    report: Report
+    Nothing of it is undone: the checkpoint, or the model that was copied, can be had without the passes.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        # a copy of the model is a model of its own: what could restore it stays with the one that was optimized
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    """What a pickled state becomes."""
-
-
-@dataclass(slots=True)
-class Loaded:
-    """A model as :func:`llmopt.load` gave it. Nothing of it is undone: its checkpoint has the model without the passes."""
-
-    passes: dict[str, dict[str, Any]]  # name -> options, in run order: those in the weights, and those applied again
-    applied: dict[str, dict[str, Any]] = field(default_factory=dict)  # again, by load: name -> details
+    passes: dict[str, dict[str, Any]]  # name -> options, in run order: those in the weights, and those applied beside
+    applied: dict[str, dict[str, Any]] = field(default_factory=dict)  # beside the weights: name -> details
     notes: list[str] = field(default_factory=list)  # for the receipt
-    recorded: dict[str, Any] | None = None  # the receipt saved with the checkpoint
+    recorded: dict[str, Any] | None = None  # the receipt it came with
+    copied: bool = False
     _report: Report | None = None
 
     def report(self) -> Report:
-        """The receipt that was saved, with what the passes do in this process as ``details``.
+        """The receipt it came with, with what the passes do in this process as ``details``.
 
         Raises:
-            InputError: none was saved, or by a version of llmopt with other receipts.
+            InputError: there is none, or it is of a version of llmopt with other receipts.
         """
         if self._report is None:
             if self.recorded is None:
@@ -65,12 +47,49 @@ class Loaded:
                 row.details |= self.applied.get(row.name, {})
         return self._report
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
-        # details that count are those of the model that was copied
-        return Loaded(self.passes, {name: {} for name in self.applied}, self.notes, self.recorded)
+    def without(self) -> str:
+        """How to have the model without the passes that are applied to it, for an error."""
+        if self.copied:
+            return (
+                "it is a copy of an optimized model; llmopt.restore undoes the passes of that one, and copies it then"
+            )
+        return "it was loaded; llmopt.load(directory, passes=None) gives it without what load applies"
+
+    def copy(self) -> Inherited:
+        """For a copy of the model: details that count are those of the model that was copied."""
+        return Inherited(self.passes, {name: {} for name in self.applied}, self.notes, self.recorded, self.copied)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inherited:
+        return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+        return Inherited, (self.passes, {name: {} for name in self.applied}, self.notes, self.recorded, self.copied)
+
+
+@dataclass(slots=True)
+class State:
+    """One optimized model. What could restore it does not go into copies: they have :class:`Inherited` in its place."""
+
+    resolved: ResolvedModel
+    stages: Stages
+    kept: list[tuple[Pass, Applied]]
+    originals: Originals
+    report: Report
+
+    def inherited(self) -> Inherited:
+        """What a copy of the model has of it."""
+        before = inherited_by(self.resolved.model)
+        beside = {item.name: {} for item, _ in self.kept if not item.needs_calibration}
+        return Inherited(
+            active_passes(self.resolved.model), (dict(before.applied) if before else {}) | beside,
+            ["copied: figures are those of the model it is a copy of"], self.report.to_dict(), copied=True,
+        )  # fmt: skip
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inherited:
+        return self.inherited()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.inherited().__reduce__()
 
 
 def is_optimized(model: Any) -> bool:
@@ -79,6 +98,9 @@ def is_optimized(model: Any) -> bool:
 
 
 def remember(model: Any, state: State) -> None:
+    # of a copy that is optimized in turn
+    if (inherited := inherited_by(model)) is not None:
+        vars(model)[_INHERITED] = inherited
     # past nn.Module.__setattr__, which is for parameters and modules; the cycle this makes is one the collector knows
     vars(model)[_ATTR] = state
 
@@ -87,14 +109,16 @@ def forget(model: Any) -> None:
     del vars(model)[_ATTR]
 
 
-def remember_loaded(model: Any, loaded: Loaded) -> None:
-    vars(model)[_LOADED] = loaded
+def inherit(model: Any, inherited: Inherited) -> None:
+    vars(model)[_INHERITED] = inherited
 
 
-def loaded_from(model: Any) -> Loaded | None:
-    """What :func:`llmopt.load` did, if the model came from there."""
-    found = getattr(model, "__dict__", {}).get(_LOADED)
-    return found if isinstance(found, Loaded) else None
+def inherited_by(model: Any) -> Inherited | None:
+    """What the model has from where it came, if that was a checkpoint of ours or a model that was optimized."""
+    attributes = getattr(model, "__dict__", {})
+    # of a copy it lies where the state of the model that was copied lay
+    places = (attributes.get(_ATTR), attributes.get(_INHERITED))
+    return next((found for found in places if isinstance(found, Inherited)), None)
 
 
 def state_of(model: Any) -> State:
@@ -111,8 +135,8 @@ def state_of(model: Any) -> State:
 
 def active_passes(model: Any) -> dict[str, dict[str, Any]]:
     """What is done to the model now, in run order: name -> options, as a trial settled them."""
-    loaded = loaded_from(model)
-    active = {} if loaded is None else dict(loaded.passes)
+    inherited = inherited_by(model)
+    active = {} if inherited is None else dict(inherited.passes)
     if is_optimized(model):
         active |= {item.name: {**item.options(), **applied.settled} for item, applied in state_of(model).kept}
     return active

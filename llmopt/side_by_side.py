@@ -61,6 +61,7 @@ def measure(
     models: Mapping[str, Any],
     *,
     prompt: Any = None,
+    tokenizer: Any = None,
     on_event: Callable[[Event], None] | None = None,
     seed: int = 0,
     plan: timing.Plan | None = None,
@@ -72,8 +73,10 @@ def measure(
     """
     if on_event is not None and not callable(on_event):
         raise InputError.argument("on_event", expected="a function of one Event", got=on_event)
+    if tokenizer is not None and not callable(tokenizer):
+        raise InputError.argument("tokenizer", expected="a transformers tokenizer or None", got=tokenizer)
     emit = on_event or (lambda event: None)
-    subjects = _subjects(models)
+    subjects = _subjects(models, tokenizer)
     plan = plan or timing.Plan(budget_s=_BUDGET_S * len(subjects))
     ids, source = _prompt(subjects, prompt, plan.prompt_tokens, seed)
     plan = dataclasses.replace(plan, prompt_tokens=ids.shape[1])
@@ -99,7 +102,7 @@ def measure(
 # ---- which models
 
 
-def _subjects(models: Any) -> list[_Subject]:
+def _subjects(models: Any, tokenizer: Any) -> list[_Subject]:
     """The models, checked before anything is run."""
     if not isinstance(models, Mapping) or not models:
         got = models if isinstance(models, Mapping) else type(models).__name__
@@ -112,7 +115,7 @@ def _subjects(models: Any) -> list[_Subject]:
         other = owners.setdefault(id(model), name)
         if other != name:
             raise InputError(f"models: expected another model under each name, got one under {other!r} and {name!r}")
-        subjects.append(_subject(name, model))
+        subjects.append(_subject(name, model, tokenizer))
     devices = {str(s.resolved.device): s.name for s in subjects}
     if len(devices) > 1:
         got = ", ".join(f"{device} ({name})" for device, name in devices.items())
@@ -120,14 +123,14 @@ def _subjects(models: Any) -> list[_Subject]:
     return subjects
 
 
-def _subject(name: str, model: Any) -> _Subject:
+def _subject(name: str, model: Any, tokenizer: Any) -> _Subject:
     try:
         check_runnable(model)
         # a pass may have moved parts that the family declares: what was found before it ran still holds
         resolved = state_of(model).resolved if is_optimized(model) else resolve_model(model)
     except InputError as error:
         raise type(error)(f"models[{name!r}]: {str(error).removeprefix('model: ')}") from error
-    tokenizer = calibrate.find_tokenizer(model)
+    tokenizer = calibrate.find_tokenizer(model) if tokenizer is None else tokenizer
     text = _encode(tokenizer, calibrate.packaged_text("quality")) if tokenizer is not None else None
     return _Subject(name, resolved, tokenizer, text)
 
@@ -160,7 +163,9 @@ def _prompt(subjects: list[_Subject], prompt: Any, tokens: int, seed: int) -> tu
 def _given_text(prompt: str, subjects: list[_Subject]) -> torch.Tensor:
     read = [_encode(s.tokenizer, prompt) if s.tokenizer is not None else None for s in subjects]
     if all(ids is None for ids in read):
-        raise InputError("prompt: expected token ids: there is no tokenizer.json beside the models' weights; got text")
+        raise InputError(
+            "prompt: expected token ids, or tokenizer=: there is no tokenizer.json beside the models' weights; got text"
+        )
     ids = _shared(subjects, read)
     if ids is None:
         raise InputError("prompt: expected token ids: the models' tokenizers do not read this text alike; got text")
@@ -218,7 +223,7 @@ def _not_comparable(subject: _Subject, first: _Subject, text: torch.Tensor | Non
     if subject.vocab_size != first.vocab_size:
         return f"a vocabulary of {subject.vocab_size}, that of {first.name} has {first.vocab_size}"
     if text is None:
-        return "there is no tokenizer.json beside the weights"
+        return "there is no tokenizer.json beside the weights, and none was given"
     if subject.text is not None and not torch.equal(subject.text, text):
         return "its tokenizer reads text differently"
     if int(text.max()) >= subject.vocab_size:

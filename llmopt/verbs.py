@@ -13,7 +13,7 @@ from llmopt import side_by_side
 from llmopt.errors import CheckpointError, InputError
 from llmopt.measure.comparison import Comparison
 from llmopt.measure.report import Report
-from llmopt.model_state import Loaded, active_passes, forget, is_optimized, loaded_from, remember_loaded, state_of
+from llmopt.model_state import Inherited, active_passes, forget, inherit, inherited_by, is_optimized, state_of
 from llmopt.models import resolve_model
 from llmopt.passes import PASSES, choose
 from llmopt.passes.base import Event, Pass, PassContext
@@ -25,16 +25,17 @@ def report(model: Any) -> Report:
     """The receipt of a model.
 
     Args:
-        model: optimized by :func:`optimize`, or loaded from a checkpoint that :func:`save` wrote.
+        model: optimized by :func:`optimize`, loaded from a checkpoint that :func:`save` wrote, or a copy of one of these.
 
     Returns:
-        The receipt: of a loaded model, the one saved with it, whose figures are of the environment named in it.
+        The receipt: of a loaded model, the one saved with it, whose figures are of the environment named in it; of a copy,
+        that of the model that was copied.
 
     Raises:
-        InputError: the model is neither, or was saved without a receipt.
+        InputError: the model is none of these, or was saved without a receipt.
     """
-    loaded = loaded_from(model)
-    return state_of(model).report if loaded is None or is_optimized(model) else loaded.report()
+    inherited = inherited_by(model)
+    return state_of(model).report if inherited is None or is_optimized(model) else inherited.report()
 
 
 def restore(model: Any) -> Any:
@@ -42,15 +43,12 @@ def restore(model: Any) -> Any:
 
     Raises:
         InputError: the model is not optimized. One that was loaded with its passes is not: ``load(directory,
-            passes=None)`` gives it without them.
+            passes=None)`` gives it without them. Nor is a copy of an optimized model.
         CheckpointError: the file that keeps the original weights is gone or damaged; nothing has been changed.
     """
-    loaded = loaded_from(model)
-    if loaded is not None and not is_optimized(model):
-        raise InputError(
-            "model: loaded, not optimized: there is nothing to go back to; llmopt.load(directory, passes=None) gives it "
-            "without what load applies"
-        )
+    inherited = inherited_by(model)
+    if inherited is not None and not is_optimized(model):
+        raise InputError(f"model: not optimized, there is nothing to go back to: {inherited.without()}")
     state = state_of(model)
     state.originals.bring_back()
     state.stages.as_given()
@@ -65,7 +63,7 @@ def save(
     """Write an optimized (or plain) model as a standard checkpoint, with llmopt.json beside it.
 
     Args:
-        model: optimized, loaded by :func:`load`, or a plain supported model.
+        model: optimized, loaded by :func:`load`, a copy of these, or a plain supported model.
         directory: made, or replaced if it holds a checkpoint; an existing one survives any failure.
         tokenizer: saved along; None takes the one beside the original weights, if any.
         checkpoint_format: how zero points of quantized weights are stored. "gptq" (v1: minus one) is what most tools
@@ -83,8 +81,8 @@ def save(
     check_format("checkpoint_format", checkpoint_format)
     passes = active_passes(model)
     if not is_optimized(model):
-        loaded = loaded_from(model)
-        receipt = loaded.report() if loaded is not None and loaded.recorded is not None else None
+        inherited = inherited_by(model)
+        receipt = inherited.report() if inherited is not None and inherited.recorded is not None else None
         return checkpoint.save(
             model, directory, tokenizer=tokenizer, passes=passes, report=receipt, checkpoint_format=checkpoint_format
         )
@@ -132,14 +130,14 @@ def load(
     again = _recorded_choice(recorded, where) if chosen is None else chosen
     model = checkpoint.load(directory, device=device)
     in_weights = {n: options for n, options in recorded.items() if n in PASSES and PASSES[n].needs_calibration}
-    loaded = Loaded(in_weights, recorded=checkpoint.recorded_report(directory))
+    loaded = Inherited(in_weights, recorded=checkpoint.recorded_report(directory))
     try:
         _apply_unmeasured(model, [item for item in again if not item.needs_calibration], loaded)
     except InputError as error:
         if chosen is None:
             raise CheckpointError(f"{where}: {error}") from error
         raise
-    remember_loaded(model, loaded)
+    inherit(model, loaded)
     return model
 
 
@@ -160,7 +158,7 @@ def _recorded_choice(recorded: Mapping[str, Mapping[str, Any]], where: str) -> l
     return choose(chosen)
 
 
-def _apply_unmeasured(model: Any, passes: list[Pass], loaded: Loaded) -> None:
+def _apply_unmeasured(model: Any, passes: list[Pass], loaded: Inherited) -> None:
     resolved = resolve_model(model)
     ctx = PassContext(resolved, next(model.buffers()).device, lambda event: None, trials=False)
     loaded.notes.append("loaded: figures are those saved with the checkpoint, of the environment named here")
@@ -180,6 +178,7 @@ def compare(
     models: Mapping[str, Any],
     *,
     prompt: Any = None,
+    tokenizer: Any = None,
     on_event: Callable[[Event], None] | None = None,
     seed: int = 0,
 ) -> Comparison:
@@ -194,6 +193,8 @@ def compare(
             once, and on one device.
         prompt: text, or token ids ``[T]`` or ``[1, T]`` that every vocabulary has. None: held-out text where the models
             share a tokenizer, else random ids.
+        tokenizer: of all the models, a transformers tokenizer. None: of each the one beside its weights, in their directory
+            or in the cache of a hub's name.
         on_event: called with every :class:`~llmopt.passes.base.Event`.
         seed: of what is drawn (random ids).
 
@@ -201,4 +202,4 @@ def compare(
         InputError: no model, one object under two names, a prompt that not all models can read, or models on different
             devices; also :class:`UnsupportedModelError` and :class:`ModelStateError`, as for :func:`optimize`.
     """
-    return side_by_side.measure(models, prompt=prompt, on_event=on_event, seed=seed)
+    return side_by_side.measure(models, prompt=prompt, tokenizer=tokenizer, on_event=on_event, seed=seed)

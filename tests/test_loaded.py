@@ -1,4 +1,4 @@
-"""What llmopt knows of a model it has loaded: its receipt, its passes, and that nothing of it is undone."""
+"""What llmopt knows of a model it has loaded, and of copies: receipt, passes, and that nothing of them is undone."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def test_a_checkpoint_without_a_receipt_has_none(tiny: Any, tmp_path: Path) -> N
 
 def test_what_load_applied_is_not_undone_and_no_baseline(saved: Path) -> None:
     model = llmopt.load(saved)
-    with pytest.raises(InputError, match=r"loaded, not optimized.*passes=None"):
+    with pytest.raises(InputError, match=r"not optimized.*loaded.*passes=None"):
         llmopt.restore(model)
-    with pytest.raises(ModelStateError, match=r"llmopt\.load has applied fuse_kernels"):
+    with pytest.raises(ModelStateError, match=r"fuse_kernels applied already.*loaded"):
         llmopt.optimize(model, measure=False)
-    with pytest.raises(ModelStateError, match=r"llmopt\.load has applied fuse_kernels"):
+    with pytest.raises(ModelStateError, match=r"fuse_kernels applied already.*loaded"):
         llmopt.optimize(copy.deepcopy(model), measure=False)
     assert list(active_passes(model)) == NAMES
 
@@ -117,8 +117,44 @@ def test_copies_and_pickles(saved: Path) -> None:
     twin = copy.deepcopy(model)
     assert list(active_passes(twin)) == NAMES
     assert llmopt.report(twin).to_dict()["passes"][0] == llmopt.report(model).to_dict()["passes"][0]
+    assert list(active_passes(pickle.loads(pickle.dumps(model)))) == NAMES
     plain = llmopt.load(saved, passes=None)
-    assert active_passes(pickle.loads(pickle.dumps(plain))) == {}
+    assert list(active_passes(pickle.loads(pickle.dumps(plain)))) == ["quantize_gptq"]
+
+
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_an_optimized_model_keeps_receipt_and_passes(
+    through: Any, tiny: Any, token_rows: Any, tmp_path: Path
+) -> None:
+    model = llmopt.optimize(tiny("qwen3"), PASSES, calibration=token_rows(4, 48), measure=False, strict=True)
+    twin = through(through(model))
+    assert active_passes(twin) == active_passes(model)
+    report = llmopt.report(twin)
+    assert report.kept() == llmopt.report(model).kept()
+    assert [note.startswith("copied:") for note in report.notes].count(True) == 1
+    with pytest.raises(ModelStateError, match=r"fuse_kernels applied already.*a copy"):
+        llmopt.optimize(twin, measure=False)
+    with pytest.raises(InputError, match=r"not optimized.*a copy"):
+        llmopt.restore(twin)
+    saved = llmopt.save(twin, tmp_path / "twin")
+    assert list(recorded_passes(saved)) == NAMES
+    assert recorded_report(saved) is not None
+    ids = token_rows(2, 12)
+    assert torch.equal(logits(llmopt.load(saved), ids), logits(model, ids))
+
+
+def test_a_copy_with_quantized_weights_alone_is_optimized_further(tiny: Any, token_rows: Any) -> None:
+    model = llmopt.optimize(tiny("qwen3"), PASSES[:1], calibration=token_rows(4, 48), measure=False, strict=True)
+    twin, ids = copy.deepcopy(model), token_rows(2, 12)
+    expected = logits(twin, ids)
+    llmopt.optimize(twin, [FuseKernels()], measure=False, strict=True)
+    assert list(active_passes(twin)) == NAMES
+    assert list(active_passes(copy.deepcopy(twin))) == NAMES
+    llmopt.restore(twin)
+    assert list(active_passes(twin)) == ["quantize_gptq"]
+    assert torch.equal(logits(twin, ids), expected)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_why_there_is_no_quality(tiny: Any, trained: Any, clock: Any) -> None:
     assert [row.notes for row in rows] == [["quality was not measured: random weights (random)"]] * 2
     rows = measure({"c": as_trained(tiny("qwen3")), "d": as_trained(tiny("qwen3"))}).rows
     assert [row.notes for row in rows] == [
-        ["quality was not measured: there is no tokenizer.json beside the weights"]
+        ["quality was not measured: there is no tokenizer.json beside the weights, and none was given"]
     ] * 2
 
 
@@ -285,8 +285,18 @@ def test_a_prompt_of_text(trained: Any, tiny: Any, clock: Any) -> None:
     expected = calibrate.find_tokenizer(trained("qwen3"))(text, add_special_tokens=False)["input_ids"]
     measure({"a": trained("qwen3"), "b": trained("ernie4_5_moe")}, prompt=text)
     assert clock[0][1][0].tolist() == expected
-    with pytest.raises(InputError, match=r"^prompt: expected token ids: there is no tokenizer"):
+    with pytest.raises(InputError, match=r"^prompt: expected token ids, or tokenizer=: there is no tokenizer"):
         measure({"a": tiny("qwen3")}, prompt=text)
+
+
+def test_a_tokenizer_given_is_that_of_all_models(trained: Any, clock: Any) -> None:
+    tokenizer = calibrate.find_tokenizer(trained("qwen3"))
+    models = {name: as_trained(other_vocabulary("qwen3", 4096)) for name in ("a", "b")}
+    found = measure(models, prompt="The river was wide.", tokenizer=tokenizer)
+    assert clock[0][1][0].tolist() == tokenizer("The river was wide.", add_special_tokens=False)["input_ids"]
+    assert all(row.quality is not None for row in found.rows)
+    with pytest.raises(InputError, match=r"^tokenizer: expected a transformers tokenizer or None, got 'qwen3'"):
+        measure(models, tokenizer="qwen3")
 
 
 @pytest.mark.parametrize(
