@@ -79,7 +79,7 @@ class State:
     def inherited(self) -> Inherited:
         """What a copy of the model has of it."""
         before = inherited_by(self.resolved.model)
-        beside = {item.name: {} for item, _ in self.kept if not item.needs_calibration}
+        beside: dict[str, dict[str, Any]] = {item.name: {} for item, _ in self.kept if not item.needs_calibration}
         return Inherited(
             active_passes(self.resolved.model), (dict(before.applied) if before else {}) | beside,
             ["copied: figures are those of the model it is a copy of"], self.report.to_dict(), copied=True,
@@ -98,9 +98,6 @@ def is_optimized(model: Any) -> bool:
 
 
 def remember(model: Any, state: State) -> None:
-    # of a copy that is optimized in turn
-    if (inherited := inherited_by(model)) is not None:
-        vars(model)[_INHERITED] = inherited
     # past nn.Module.__setattr__, which is for parameters and modules; the cycle this makes is one the collector knows
     vars(model)[_ATTR] = state
 

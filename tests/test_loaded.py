@@ -132,7 +132,7 @@ def test_a_copy_of_an_optimized_model_keeps_receipt_and_passes(
     twin = through(through(model))
     assert active_passes(twin) == active_passes(model)
     report = llmopt.report(twin)
-    assert report.kept() == llmopt.report(model).kept()
+    assert json.loads(report.to_json())["passes"] == json.loads(llmopt.report(model).to_json())["passes"]
     assert [note.startswith("copied:") for note in report.notes].count(True) == 1
     with pytest.raises(ModelStateError, match=r"fuse_kernels applied already.*a copy"):
         llmopt.optimize(twin, measure=False)
@@ -143,18 +143,6 @@ def test_a_copy_of_an_optimized_model_keeps_receipt_and_passes(
     assert recorded_report(saved) is not None
     ids = token_rows(2, 12)
     assert torch.equal(logits(llmopt.load(saved), ids), logits(model, ids))
-
-
-def test_a_copy_with_quantized_weights_alone_is_optimized_further(tiny: Any, token_rows: Any) -> None:
-    model = llmopt.optimize(tiny("qwen3"), PASSES[:1], calibration=token_rows(4, 48), measure=False, strict=True)
-    twin, ids = copy.deepcopy(model), token_rows(2, 12)
-    expected = logits(twin, ids)
-    llmopt.optimize(twin, [FuseKernels()], measure=False, strict=True)
-    assert list(active_passes(twin)) == NAMES
-    assert list(active_passes(copy.deepcopy(twin))) == NAMES
-    llmopt.restore(twin)
-    assert list(active_passes(twin)) == ["quantize_gptq"]
-    assert torch.equal(logits(twin, ids), expected)
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,13 @@ class _Quantizer:
         return False
 
     def _layer(self, layer: ResolvedLayer, paths: sequential.Paths) -> None:
+        given_alike = [[site.module for site in stage] for stage in layer.stages]
+        paths.advance_exact(given_alike + ([[layer.experts.module]] if layer.experts else []))
         attention = self.resolved.family.attention.module
         in_attention = [s for s in layer.stages if s[0].name.startswith(f"{layer.name}.{attention}.")]
         for stage in in_attention:
             self._stage(stage, paths)
+        paths.remember(layer.module, attention, layer.attention)
         if layer.experts is not None and not self._skipped(layer.experts.name):
             self._experts(layer, paths)
         for stage in layer.stages[len(in_attention) :]:
@@ -209,7 +212,7 @@ class _Quantizer:
         down_bytes = site.down.numel() * site.down.element_size()
         self._swap(site.parent, site.attr, result.module, site.gate_up, "int4 experts", extra=down_bytes)
         self._record_experts(site.name, result)
-        paths.stand_ins.swap(site.parent, site.attr, _FloatExperts(result))
+        paths.remember(site.parent, site.attr, _FloatExperts(result))
 
     def _record_experts(self, name: str, result: ExpertsResult) -> None:
         self.losses[name] = result.loss

@@ -6,7 +6,9 @@ Hessians exist at a time. The model's own modules are swapped for stand-ins whil
 nothing is changed until the pass's patch is enabled.
 
 Beside the quantized path runs the exact one, through the model's own modules on its own activations: what a stage should
-have been given is needed to make up for what it is given (:func:`solver.solve`, ``drift``).
+have been given is needed to make up for what it is given (:func:`solver.solve`, ``drift``). It goes through a block once,
+first, and what each stage is given is kept. The quantized path comes again for every stage; what is quantized to its end, the
+attention or the experts, is not computed a third time (:class:`Remembered`).
 
 On processors that have no products of the model's dtype blocks compute in float32: torch's bfloat16 linears take six times as
 long as float32 ones where there is only AVX2. A block's weights are float32 only while it runs (:meth:`Paths.computing`).
@@ -14,9 +16,9 @@ long as float32 ones where there is only AVX2. A block's weights are float32 onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -56,22 +58,22 @@ class BlockInputs:
         self.kwargs = kwargs
         self.dtype = dtype
 
-    def run(self, block: nn.Module) -> Iterator[torch.Tensor]:
-        """Outputs of ``block``, batch by batch."""
-        for hidden, kwargs in zip(self.hidden, self.kwargs, strict=True):
-            out = block(hidden, **kwargs)
-            yield out[0] if isinstance(out, tuple) else out
+    def __len__(self) -> int:
+        return len(self.hidden)
 
     def twin(self) -> BlockInputs:
         """The same inputs, to be advanced on another path."""
         return BlockInputs(list(self.hidden), self.kwargs, self.dtype)
 
-    def advance(self, block: nn.Module, name: str) -> None:
-        """Replace the inputs by the block's outputs, in place, so that only one set exists."""
-        for i, out in enumerate(self.run(block)):
-            if not torch.isfinite(out.to(self.dtype)).all():
-                raise QuantizationError(f"{name}: output holds NaN or Inf during calibration")
-            self.hidden[i] = out
+    def advance(self, batch: int, block: nn.Module) -> None:
+        """Replace one batch by the block's output, in place, so that only one set exists."""
+        out = block(self.hidden[batch], **self.kwargs[batch])
+        self.hidden[batch] = out[0] if isinstance(out, tuple) else out
+
+    def check(self, name: str) -> None:
+        """Raises QuantizationError if what block ``name`` has put out does not fit the model's dtype."""
+        if not all(torch.isfinite(hidden.to(self.dtype)).all() for hidden in self.hidden):
+            raise QuantizationError(f"{name}: output holds NaN or Inf during calibration")
 
 
 # of a block's arguments: what comes from the block before, and the cache, by either of transformers' names
@@ -117,31 +119,40 @@ class StandIns:
     """Swaps child modules of the block at work; leaving the context puts all of them back, whatever happens."""
 
     def __init__(self) -> None:
-        self._swapped: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._originals: list[tuple[nn.Module, str, nn.Module]] = []
 
     def __enter__(self) -> StandIns:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._show_originals()
+        for parent, attr, module in reversed(self._originals):
+            setattr(parent, attr, module)
 
     def swap(self, parent: nn.Module, attr: str, module: nn.Module) -> None:
-        self._swapped.append((parent, attr, getattr(parent, attr), module))
+        self._originals.append((parent, attr, getattr(parent, attr)))
         setattr(parent, attr, module)
 
-    @contextmanager
-    def originals(self) -> Iterator[None]:
-        """The block as it was, for a while."""
-        self._show_originals()
-        try:
-            yield
-        finally:
-            for parent, attr, _, module in self._swapped:
-                setattr(parent, attr, module)
 
-    def _show_originals(self) -> None:
-        for parent, attr, module, _ in reversed(self._swapped):
-            setattr(parent, attr, module)
+class Remembered(nn.Module):
+    """Stands in for a module whose weights are final, of which it asks each batch's output once.
+
+    Args:
+        module: called as a part of the block.
+        batch: number of the batch that the block runs on.
+    """
+
+    def __init__(self, module: nn.Module, batch: Callable[[], int]) -> None:
+        super().__init__()
+        self.module, self._batch = module, batch
+        self._outputs: dict[int, Any] = {}
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        batch = self._batch()
+        if batch not in self._outputs:
+            out = self.module(*args, **named)
+            # behind an attention's output come its probabilities, which are large and which no block reads
+            self._outputs[batch] = (out[0], *[None] * (len(out) - 1)) if isinstance(out, tuple) else out
+        return self._outputs[batch]
 
 
 @dataclass(slots=True)
@@ -152,17 +163,18 @@ class Paths:
     quantized: BlockInputs
     exact: BlockInputs
     stand_ins: StandIns
+    _batch: int = 0
+    # by module: what it is given on the exact path, batch by batch; modules of one stage share a list
+    _exact: dict[nn.Module, list[Inputs | None]] = field(default_factory=dict)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """For a while the block's weights, of both paths, are of the dtype that activations have: a copy of one block.
+        """For a while the block's weights are of the dtype that activations have: a copy of one block.
 
         In the end they are what they were, bit for bit, whatever happens.
         """
         dtype = self.exact.hidden[0].dtype
         tensors = {*self.block.parameters(), *self.block.buffers()}
-        with self.stand_ins.originals():
-            tensors |= {*self.block.parameters(), *self.block.buffers()}
         weights = [(tensor, tensor.data) for tensor in tensors if tensor.dtype in _PRODUCTS and tensor.dtype != dtype]
         try:
             for tensor, data in weights:
@@ -172,26 +184,68 @@ class Paths:
             for tensor, data in weights:
                 tensor.data = data
 
+    def advance_exact(self, stages: Sequence[Sequence[nn.Module]]) -> None:
+        """Through the block on the exact path, which is to come before the first stand-in.
+
+        Args:
+            stages: modules that are given the same; what that is waits for :meth:`reaching`.
+        """
+        given: dict[int, Inputs] = {}
+
+        def keep(stage: int) -> Callable[..., None]:
+            return lambda module, args, named: given.__setitem__(stage, (*args, *named.values()))
+
+        kept: list[list[Inputs | None]] = [[] for _ in stages]
+        self._exact = {module: kept[i] for i, stage in enumerate(stages) for module in stage}
+        handles = [
+            module.register_forward_pre_hook(keep(i), with_kwargs=True)
+            for i, stage in enumerate(stages)
+            for module in stage
+        ]
+        try:
+            with self.computing():
+                for batch in range(len(self.exact)):
+                    self.exact.advance(batch, self.block)
+                    for i, seen in enumerate(kept):
+                        # a block may leave a module out, as experts that no token of a batch is routed to
+                        seen.append(given.pop(i, None))
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def reaching(self, parent: nn.Module, attr: str) -> Iterator[tuple[Inputs, Inputs]]:
         """What module ``parent.attr`` of the block is given, on the quantized and on the exact path, batch by batch.
 
-        To be asked for while the block is :meth:`computing`.
+        To be asked for once a stage, while the block is :meth:`computing`.
         """
-        batches = zip(self.quantized.hidden, self.exact.hidden, self.quantized.kwargs, strict=True)
-        for hidden, exact_hidden, kwargs in batches:
-            given = _inputs_of(self.block, getattr(parent, attr), hidden, kwargs)
-            with self.stand_ins.originals():
-                exact = _inputs_of(self.block, getattr(parent, attr), exact_hidden, kwargs)
-            # a block may leave a module out, as experts that no token of a batch is routed to
+        module = getattr(parent, attr)
+        for batch in self._batches():
+            given = _inputs_of(self.block, module, self.quantized.hidden[batch], self.quantized.kwargs[batch])
+            exact, self._exact[module][batch] = self._exact[module][batch], None
             if given is not None and exact is not None:
                 yield given, exact
 
+    def remember(self, parent: nn.Module, attr: str, module: nn.Module) -> None:
+        """From here on ``module``, whose weights are final, stands in for ``parent.attr``."""
+        self.stand_ins.swap(parent, attr, Remembered(module, lambda: self._batch))
+
     def advance(self, name: str) -> None:
-        """Through the block, each path with its own weights."""
+        """Through the block on the quantized path, the last time.
+
+        Raises:
+            QuantizationError: what block ``name`` puts out, on either path, does not fit the model's dtype.
+        """
         with self.computing():
-            self.quantized.advance(self.block, name)
-            with self.stand_ins.originals():
-                self.exact.advance(self.block, name)
+            for batch in self._batches():
+                self.quantized.advance(batch, self.block)
+        self.quantized.check(name)
+        self.exact.check(name)
+
+    def _batches(self) -> Iterator[int]:
+        """Numbers of the batches, each while it is the one that the block runs on."""
+        for batch in range(len(self.quantized)):
+            self._batch = batch
+            yield batch
 
 
 def _inputs_of(block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Inputs | None:
