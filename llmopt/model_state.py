@@ -50,9 +50,7 @@ class Inherited:
     def without(self) -> str:
         """How to have the model without the passes that are applied to it, for an error."""
         if self.copied:
-            return (
-                "it is a copy of an optimized model; llmopt.restore undoes the passes of that one, and copies it then"
-            )
+            return "it is a copy of an optimized model; llmopt.restore that one, then copy it"
         return "it was loaded; llmopt.load(directory, passes=None) gives it without what load applies"
 
     def copy(self) -> Inherited:

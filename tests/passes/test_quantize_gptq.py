@@ -80,6 +80,63 @@ def test_drift_is_shrunk_where_tokens_are_few() -> None:
     assert [drift(n) for n in (0, 50, 4950)] == pytest.approx([0.0, 0.5, 0.99])
 
 
+WALKED = ["qwen3", "ernie4_5_moe", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("family", WALKED)
+def test_the_exact_path_is_the_model_as_it_was(
+    family: str, tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = tiny(family), token_rows(4, 48)
+    expected: dict[str, torch.Tensor] = {}
+    resolved = resolve_model(model)
+    firsts = {stage[0].name: stage[0].module for layer in resolved.layers for stage in layer.stages}
+    with torch.no_grad():
+        handles = [
+            module.register_forward_pre_hook(lambda m, args, name=name: expected.__setitem__(name, args[0].clone()))
+            for name, module in firsts.items()
+        ]
+        model(input_ids=rows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    walked: dict[str, torch.Tensor] = {}
+    stage_moments = sequential.stage_moments
+
+    def watched(paths: sequential.Paths, site: Any) -> sequential.Moments:
+        add = sequential.Moments.add
+
+        def adding(self: sequential.Moments, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+            assert exact is not None
+            walked[site.name] = exact.clone()
+            add(self, x, exact)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sequential.Moments, "add", adding)
+            return stage_moments(paths, site)
+
+    monkeypatch.setattr(sequential, "stage_moments", watched)
+    apply(model, rows)
+    assert walked.keys() == expected.keys()
+    for name, seen in walked.items():
+        torch.testing.assert_close(seen.reshape(expected[name].shape), expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", WALKED)
+def test_what_is_remembered_is_what_would_be_computed_again(
+    family: str, tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def packed(model: Any) -> dict[str, torch.Tensor]:
+        apply(model, token_rows(4, 600)).patch.enable()
+        return {name: b.clone() for name, b in model.named_buffers() if b.dtype == torch.uint8}
+
+    remembered = packed(tiny(family))
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential.Remembered, "forward", lambda self, *args, **named: self.module(*args, **named))
+        again = packed(tiny(family))
+    assert remembered.keys() == again.keys()
+    assert all(torch.equal(remembered[name], again[name]) for name in again)
+
+
 # ---- what blocks compute in
 
 

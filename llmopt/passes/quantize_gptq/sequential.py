@@ -28,7 +28,8 @@ from llmopt.errors import QuantizationError
 from llmopt.measure import environment
 from llmopt.models.base import LinearSite, ResolvedModel
 
-# tokens of one forward pass through a block; bounds activation memory
+# tokens of one forward pass through a block; bounds activation memory, but for what is kept: hidden states, and on the exact
+# path what the stages of one block are given
 _BATCH_TOKENS = 2048
 # processor flags, any of which gives torch products of a dtype that are worth it
 _PRODUCTS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16"}}
