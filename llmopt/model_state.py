@@ -53,14 +53,8 @@ class Inherited:
             return "it is a copy of an optimized model; llmopt.restore that one, then copy it"
         return "it was loaded; llmopt.load(directory, passes=None) gives it without what load applies"
 
-    def copy(self) -> Inherited:
-        """For a copy of the model: details that count are those of the model that was copied."""
-        return Inherited(self.passes, {name: {} for name in self.applied}, self.notes, self.recorded, self.copied)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inherited:
-        return self.copy()
-
     def __reduce__(self) -> tuple[Any, ...]:
+        # by deepcopy and pickle; details that count are those of the model that was copied
         return Inherited, (self.passes, {name: {} for name in self.applied}, self.notes, self.recorded, self.copied)
 
 
@@ -74,20 +68,11 @@ class State:
     originals: Originals
     report: Report
 
-    def inherited(self) -> Inherited:
-        """What a copy of the model has of it."""
-        before = inherited_by(self.resolved.model)
-        beside: dict[str, dict[str, Any]] = {item.name: {} for item, _ in self.kept if not item.needs_calibration}
-        return Inherited(
-            active_passes(self.resolved.model), (dict(before.applied) if before else {}) | beside,
-            ["copied: figures are those of the model it is a copy of"], self.report.to_dict(), copied=True,
-        )  # fmt: skip
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inherited:
-        return self.inherited()
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return self.inherited().__reduce__()
+        # by deepcopy and pickle; what load has applied is not here, for optimize refuses that
+        applied: dict[str, dict[str, Any]] = {item.name: {} for item, _ in self.kept if not item.needs_calibration}
+        note = "copied: figures are those of the model it is a copy of"
+        return Inherited, (active_passes(self.resolved.model), applied, [note], self.report.to_dict(), True)
 
 
 def is_optimized(model: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from llmopt.errors import InputError, QuantizationError
-from llmopt.measure import environment, quality
+from llmopt.measure import quality
 from llmopt.models import FAMILIES, resolve_model
 from llmopt.models.base import ResolvedModel
 from llmopt.models.shapes import build
@@ -22,170 +22,13 @@ from llmopt.ops.int4_linear import layout
 from llmopt.packed import QuantEmbedding, QuantExperts, QuantLinear
 from llmopt.passes import quantize_gptq
 from llmopt.passes.base import Applied, PassContext
-from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate, experts, sequential
+from llmopt.passes.quantize_gptq import QuantizeGptq, calibrate, experts
 from llmopt.passes.quantize_gptq.rounding import Grid, round_to_nearest
 from llmopt.passes.quantize_gptq.solver import Solution, solve
 
 FAMILY_NAMES = [f.model_type for f in FAMILIES]
 MOE_NAMES = [f.model_type for f in FAMILIES if f.moe]
 ASSETS = Path(__file__).parents[2] / "assets"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-# ---- the two paths
-
-
-def test_stand_ins_give_way_to_the_originals_whatever_happens() -> None:
-    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    first, second = block
-    other, another = nn.Identity(), nn.Identity()
-
-    def work() -> None:
-        with sequential.StandIns() as stand_ins:
-            stand_ins.swap(block, "0", other)
-            stand_ins.swap(block, "0", another)
-            assert block[0] is another
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert list(block) == [first, second]
-
-
-def test_what_is_remembered_computes_a_batch_once() -> None:
-    calls, batch = [], 0
-
-    class Attention(nn.Module):
-        def forward(self, x: torch.Tensor, *, mask: None) -> tuple[torch.Tensor, torch.Tensor]:
-            calls.append(batch)
-            return x + 1, x.new_ones(1000)
-
-    remembered = sequential.Remembered(Attention(), lambda: batch)
-    first = remembered(torch.zeros(2), mask=None)
-    batch = 1
-    assert remembered(torch.ones(2), mask=None)[0].tolist() == [2, 2]
-    batch = 0
-    assert remembered(torch.ones(2), mask=None) is first
-    assert first[0].tolist() == [1, 1]
-    assert first[1] is None
-    assert calls == [0, 1]
-
-
-def test_drift_is_shrunk_where_tokens_are_few() -> None:
-    def drift(tokens: int) -> float:
-        moments = sequential.Moments(50, torch.device("cpu"))
-        moments.add(torch.ones(tokens, 50), 2 * torch.ones(tokens, 50))
-        return float(moments.drift()[0, 0])
-
-    assert [drift(n) for n in (0, 50, 4950)] == pytest.approx([0.0, 0.5, 0.99])
-
-
-WALKED = ["qwen3", "ernie4_5_moe", "deepseek_v3"]
-
-
-@pytest.mark.parametrize("family", WALKED)
-def test_the_exact_path_is_the_model_as_it_was(
-    family: str, tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, rows = tiny(family), token_rows(4, 48)
-    expected: dict[str, torch.Tensor] = {}
-    resolved = resolve_model(model)
-    firsts = {stage[0].name: stage[0].module for layer in resolved.layers for stage in layer.stages}
-    with torch.no_grad():
-        handles = [
-            module.register_forward_pre_hook(lambda m, args, name=name: expected.__setitem__(name, args[0].clone()))
-            for name, module in firsts.items()
-        ]
-        model(input_ids=rows, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    walked: dict[str, torch.Tensor] = {}
-    stage_moments = sequential.stage_moments
-
-    def watched(paths: sequential.Paths, site: Any) -> sequential.Moments:
-        add = sequential.Moments.add
-
-        def adding(self: sequential.Moments, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
-            assert exact is not None
-            walked[site.name] = exact.clone()
-            add(self, x, exact)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(sequential.Moments, "add", adding)
-            return stage_moments(paths, site)
-
-    monkeypatch.setattr(sequential, "stage_moments", watched)
-    apply(model, rows)
-    assert walked.keys() == expected.keys()
-    for name, seen in walked.items():
-        torch.testing.assert_close(seen.reshape(expected[name].shape), expected[name], rtol=1e-5, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("family", WALKED)
-def test_what_is_remembered_is_what_would_be_computed_again(
-    family: str, tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def packed(model: Any) -> dict[str, torch.Tensor]:
-        apply(model, token_rows(4, 600)).patch.enable()
-        return {name: b.clone() for name, b in model.named_buffers() if b.dtype == torch.uint8}
-
-    remembered = packed(tiny(family))
-    with monkeypatch.context() as patch:
-        patch.setattr(sequential.Remembered, "forward", lambda self, *args, **named: self.module(*args, **named))
-        again = packed(tiny(family))
-    assert remembered.keys() == again.keys()
-    assert all(torch.equal(remembered[name], again[name]) for name in again)
-
-
-# ---- what blocks compute in
-
-
-def test_blocks_compute_in_their_dtype_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on(device: str, *isa: str) -> list[torch.dtype]:
-        monkeypatch.setattr(environment, "cpu", lambda: {"isa": list(isa)})
-        return [sequential.computing_dtype(dtype, torch.device(device)) for dtype in DTYPES]
-
-    single, bf16, _ = DTYPES
-    assert on("cpu", "avx2") == [single] * 3
-    assert on("cpu", "avx512_vnni", "avx512_bf16") == [single, bf16, single]
-    assert on("cpu", "avx512_bf16", "avx512_fp16") == on("cuda") == DTYPES
-
-
-@pytest.mark.parametrize("flags", [[], ["avx512_bf16"]], ids=["without", "with"])
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_float32_ends_with_the_run_of_a_block(
-    family: str, flags: list[str], tiny: Any, token_rows: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(environment, "cpu", lambda: {"isa": flags})
-    wanted = torch.bfloat16 if flags else torch.float32
-    model, rows = tiny(family, torch.bfloat16), token_rows(4, 48)
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [(t.data_ptr(), t.dtype) for t in tensors]
-    computed: set[torch.dtype] = set()
-    layers = [layer.module for layer in resolve_model(model).layers]
-    handles = [layer.register_forward_hook(lambda m, args, out: computed.add(args[0].dtype)) for layer in layers]
-    applied = apply(model, rows)
-    for handle in handles:
-        handle.remove()
-    assert computed == {wanted}
-    assert applied.details["computed_in"] == str(wanted).removeprefix("torch.")
-    assert [(t.data_ptr(), t.dtype) for t in tensors] == before
-
-
-@pytest.mark.parametrize("method", ["add", "hessian"])
-def test_an_interrupt_in_float32_gives_the_weights_back(
-    method: str, tiny: Any, token_rows: Any, same_bits: Any, snapshot: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: sequential.Moments, *args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(environment, "cpu", lambda: {"isa": []})
-    monkeypatch.setattr(sequential.Moments, method, interrupt)
-    model = tiny("deepseek_v3", torch.bfloat16)
-    before = snapshot(model)
-    with pytest.raises(KeyboardInterrupt):
-        apply(model, token_rows(2, 24))
-    assert same_bits(model.state_dict(), before)
 
 
 # ---- the pass on every family
@@ -215,6 +58,9 @@ def hooks(model: nn.Module) -> int:
 
 def module_ids(model: nn.Module) -> dict[str, int]:
     return {n: id(m) for n, m in model.named_modules()} | {n: id(p) for n, p in model.named_parameters()}
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])

@@ -10,8 +10,8 @@ have been given is needed to make up for what it is given (:func:`solver.solve`,
 first, and what each stage is given is kept. The quantized path comes again for every stage; what is quantized to its end, the
 attention or the experts, is not computed a third time (:class:`Remembered`).
 
-On processors that have no products of the model's dtype blocks compute in float32: torch's bfloat16 linears take six times as
-long as float32 ones where there is only AVX2. A block's weights are float32 only while it runs (:meth:`Paths.computing`).
+On processors that have no products of the model's dtype blocks compute in float32: torch's bfloat16 linears take several times
+as long as float32 ones where there is only AVX2. A block's weights are float32 only while it runs (:meth:`Paths.computing`).
 """
 
 from __future__ import annotations
